@@ -1,0 +1,36 @@
+// What the binder knows of each GPU: its facts for make_plan, and the kernel libraries for it.
+#pragma once
+#include "bindings/stable_torch.h"
+#include "core/backend.h"
+#include "plan/plan.h"
+
+namespace fa {
+
+// Facts of a CUDA device, read once through the driver (the binder links no CUDA runtime).
+const DeviceFacts& device_facts(int device_index);
+
+// Libraries that a plan may choose: those beside the binder. FLASH_ATTN_EXT_ARCH=sm80 leaves only
+// that one, FLASH_ATTN_EXT_BACKEND=tiled none.
+ArchSet usable_archs();
+
+// The launch table of a kernel library, opened on first use. Throws with the linker's words, or if
+// the library was built from other sources.
+const Backend& open_backend(Arch arch);
+
+// A plan and the library it names.
+struct PlannedKernel {
+  const Backend* backend;  // nullptr: no kernel takes the problem, the tiled backend computes it
+  Plan plan;
+};
+PlannedKernel plan_kernel(const Problem& problem, int device_index);
+
+// Enqueues one launch function of the table on torch's current stream of the device.
+template <class Params>
+void launch(const Backend& backend, int (*launch_function)(const Params&, void*),
+            const Params& params, int device_index) {
+  const torch::stable::accelerator::DeviceGuard guard(device_index);
+  const int error = launch_function(params, current_stream(device_index));
+  STD_TORCH_CHECK(error == 0, "flash_attn_ext: kernel launch failed: ", backend.error_string(error));
+}
+
+}  // namespace fa

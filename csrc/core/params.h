@@ -1,0 +1,113 @@
+// Arguments of every kernel family: plain structs, filled by bindings/, read by kernels/.
+//
+// Rules: every pointer states shape, order, unit and whether it may be null; strides are in elements
+// and 64-bit; the last dimension is always contiguous and has no stride. They cross the boundary
+// between the binder and a kernel library, so a change here raises kKernelAbiVersion.
+#pragma once
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/host_device.h"
+
+namespace fa {
+
+// Raised with every change of a struct below or of plan/backend.h: a library built from other
+// sources is refused instead of being called with the wrong layout.
+constexpr uint32_t kKernelAbiVersion = 1;
+
+// Strides of a [batch, token, head, dim] tensor, elements. Varlen ([total, head, dim]): batch == 0.
+struct Strides {
+  int64_t batch, token, head;
+};
+
+// Merges num_splits partial results of the same rows by their LSE.
+struct CombineParams {
+  const float* out_partial;  // [num_splits, batch_size, seqlen, num_heads, head_dim_v]
+  const float* lse_partial;  // [num_splits, batch_size, seqlen, num_heads], natural log
+  void* out;                 // [batch_size, seqlen, num_heads, head_dim_v], out_dtype
+  float* lse;                // [batch_size, seqlen, num_heads], contiguous
+
+  int64_t out_partial_split_stride, lse_partial_split_stride, lse_partial_head_stride;
+  Strides out_partial_strides, out_strides;
+  int64_t lse_partial_batch_stride, lse_partial_token_stride;
+
+  int num_splits, batch_size, seqlen, num_heads, head_dim_v;
+  DType out_dtype;
+  bool vectorized;  // every row of out_partial starts at a multiple of 16 bytes, of out at one of
+                    // 4 elements, and head_dim_v is a multiple of 4
+};
+
+// delta = rowsum(dout * out) - dlse: what the backward subtracts from dP.
+struct BwdPreprocessParams {
+  const void* out;    // [batch_size, seqlen, num_heads, head_dim_v], dtype
+  const void* dout;   // same shape
+  const float* dlse;  // [batch_size, num_heads, seqlen]; nullptr: zero
+  float* delta;       // [batch_size, num_heads, seqlen], contiguous
+
+  Strides out_strides, dout_strides;
+  int64_t dlse_batch_stride, dlse_head_stride, dlse_token_stride;
+
+  int batch_size, seqlen, num_heads, head_dim_v;  // varlen: batch_size 1, seqlen = total
+  DType dtype;
+  bool vectorized;  // rows of out and dout start at multiples of 16 bytes and hold whole 16 bytes
+};
+
+// Where the angle of a token comes from: row `position` of the tables.
+struct RotaryTable {
+  const void* cos;  // [num_positions, rotary_dim / 2], dtype of the rotated tensor
+  const void* sin;  // same shape
+  int64_t row_stride;
+  int num_positions;  // a position outside [0, num_positions) is not rotated
+  int rotary_dim;     // even; 0: no rotary embedding
+  bool interleaved;   // pairs (2 i, 2 i + 1) instead of (i, i + rotary_dim / 2)
+  bool conjugate;     // rotate backwards
+};
+
+// Rotates the first rotary_dim elements of every head and copies the others.
+struct RotaryParams {
+  const void* x;  // [batch_size, seqlen, num_heads, head_dim] or [total, num_heads, head_dim]
+  void* out;      // same shape; out == x: in place, elements past rotary_dim are not touched
+  const int* seqlen_offsets;  // [batch_size], position of each sequence's first token; nullptr: 0
+  const int* cu_seqlens;      // [batch_size + 1], tokens; nullptr: fixed length
+
+  Strides x_strides, out_strides;
+  RotaryTable table;
+
+  int batch_size, num_heads, head_dim;
+  int seqlen;  // tokens of each sequence; varlen: of all together
+  DType dtype;
+  bool same_position;  // every token of a sequence has position seqlen_offsets[batch]
+  bool vectorized;     // rows of x, out, cos, sin and both halves start at multiples of 16 bytes
+};
+
+// Writes new keys and values behind those in the cache, keys rotated if the table has a dimension.
+struct AppendKvParams {
+  const void* k;  // [batch_size, seqlen_new, num_heads_kv, head_dim] or [total_new, ...]
+  const void* v;  // [batch_size, seqlen_new, num_heads_kv, head_dim_v] or [total_new, ...]
+  void* k_cache;  // [num_caches, cache_len, num_heads_kv, head_dim], or paged
+                  // [num_pages, page_size, num_heads_kv, head_dim]
+  void* v_cache;  // the same with head_dim_v
+  const int* cache_seqlens;    // [batch_size], tokens already in the cache
+  const int* cache_batch_idx;  // [batch_size], row of the cache or page table; nullptr: batch
+  const int* page_table;       // [num_caches, max_pages], page of each page_size tokens;
+                               // nullptr: not paged
+  const int* cu_seqlens_new;   // [batch_size + 1], tokens; nullptr: fixed length
+  const int* rotary_seqlens;   // [batch_size], position of the first new key; nullptr:
+                               // cache_seqlens
+
+  Strides k_strides, v_strides;
+  Strides k_cache_strides, v_cache_strides;  // .batch: between caches or pages
+  int64_t page_table_batch_stride;
+  RotaryTable table;
+
+  int batch_size, num_heads_kv, head_dim, head_dim_v;
+  int seqlen_new;  // new tokens of each sequence; varlen: of all together
+  int num_caches;  // size of the caches' first dimension: caches, or pages when paged
+  int cache_len;   // tokens that one cache holds: its length, or max_pages * page_size
+  int page_size, max_pages;
+  int page_table_rows;
+  DType dtype;
+  bool vectorized;  // rows of all tensors and both halves start at multiples of 16 bytes
+};
+
+}  // namespace fa

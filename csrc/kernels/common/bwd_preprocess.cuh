@@ -1,0 +1,83 @@
+// delta[b, h, i] = sum_d dout[b, i, h, d] * out[b, i, h, d] - dlse[b, h, i].
+//
+// dS = P * (dP - delta): the backward subtracts it in place of the softmax's own Jacobian; the
+// gradient of the LSE enters here and nowhere else (FlashAttention-2, arXiv:2307.08691, alg. 2).
+// A CTA takes kRowsPerCta tokens of one head, a group of lanes one row of 16-byte chunks; the heads
+// run fastest over the grid, so that CTAs on the chip at the same time read whole DRAM pages.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "core/params.h"
+#include "tile/vec.h"
+
+namespace fa {
+
+constexpr int kBwdPreprocessThreads = 256;
+constexpr int kBwdPreprocessRowsPerGroup = 4;  // 8 loads of 16 bytes in flight per lane
+
+template <class T, int kVec>
+__global__ void __launch_bounds__(kBwdPreprocessThreads)
+    bwd_preprocess_kernel(const __grid_constant__ BwdPreprocessParams p, int lanes_per_row) {
+  const int groups = kBwdPreprocessThreads / lanes_per_row;
+  const int group = threadIdx.x / lanes_per_row, lane = threadIdx.x % lanes_per_row;
+  const int rows_per_cta = groups * kBwdPreprocessRowsPerGroup;
+  const int token_blocks = ceil_div(p.seqlen, rows_per_cta);
+  const int head = blockIdx.x % p.num_heads;
+  const int token_block = blockIdx.x / p.num_heads % token_blocks;
+  const int batch = blockIdx.x / p.num_heads / token_blocks;
+
+  const T* out = static_cast<const T*>(p.out) + batch * p.out_strides.batch +
+                 head * p.out_strides.head;
+  const T* dout = static_cast<const T*>(p.dout) + batch * p.dout_strides.batch +
+                  head * p.dout_strides.head;
+  // Row r of this group: neighbouring groups take neighbouring tokens, so that delta is written in
+  // runs.
+  const auto token_of = [&](int r) { return token_block * rows_per_cta + r * groups + group; };
+
+  float sum[kBwdPreprocessRowsPerGroup] = {};
+  for (int column = lane * kVec; column < p.head_dim_v; column += lanes_per_row * kVec) {
+    Vec<T, kVec> o[kBwdPreprocessRowsPerGroup], d[kBwdPreprocessRowsPerGroup];
+    FA_UNROLL
+    for (int r = 0; r < kBwdPreprocessRowsPerGroup; ++r) {
+      if (token_of(r) >= p.seqlen) continue;
+      o[r] = load_vec<kVec>(out + token_of(r) * p.out_strides.token + column);
+      d[r] = load_vec<kVec>(dout + token_of(r) * p.dout_strides.token + column);
+    }
+    FA_UNROLL
+    for (int r = 0; r < kBwdPreprocessRowsPerGroup; ++r) {
+      if (token_of(r) >= p.seqlen) continue;
+      FA_UNROLL
+      for (int i = 0; i < kVec; ++i) sum[r] += to_float(o[r].x[i]) * to_float(d[r].x[i]);
+    }
+  }
+
+  FA_UNROLL
+  for (int r = 0; r < kBwdPreprocessRowsPerGroup; ++r) {
+    // All 32 lanes take part: a group is a power of two of them, and tokens past the end hold 0.
+    for (int step = lanes_per_row / 2; step > 0; step /= 2)
+      sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], step);
+    const int token = token_of(r);
+    if (lane != 0 || token >= p.seqlen) continue;
+    const float dlse = p.dlse == nullptr
+                           ? 0.f
+                           : p.dlse[batch * p.dlse_batch_stride + head * p.dlse_head_stride +
+                                    token * p.dlse_token_stride];
+    const int64_t row = (static_cast<int64_t>(batch) * p.num_heads + head) * p.seqlen + token;
+    p.delta[row] = sum[r] - dlse;
+  }
+}
+
+template <class T>
+int launch_bwd_preprocess(const BwdPreprocessParams& p, cudaStream_t stream) {
+  const int vec = p.vectorized ? kVecSize<T> : 1;
+  int lanes_per_row = 1;
+  while (lanes_per_row < 32 && lanes_per_row * vec < p.head_dim_v) lanes_per_row *= 2;
+  const int rows_per_cta = kBwdPreprocessThreads / lanes_per_row * kBwdPreprocessRowsPerGroup;
+  const int grid = ceil_div(p.seqlen, rows_per_cta) * p.num_heads * p.batch_size;
+  const auto kernel =
+      p.vectorized ? bwd_preprocess_kernel<T, kVecSize<T>> : bwd_preprocess_kernel<T, 1>;
+  kernel<<<grid, kBwdPreprocessThreads, 0, stream>>>(p, lanes_per_row);
+  return cudaGetLastError();
+}
+
+}  // namespace fa

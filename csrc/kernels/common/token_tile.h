@@ -1,0 +1,45 @@
+// The share of one CTA in a kernel that passes over tokens: a run of tokens of one sequence.
+//
+// Fixed length: ceil(seqlen / tile_tokens) tiles a sequence. Varlen: the slots of
+// core/tile_scheduler.h, so that the launch needs the total alone and cu_seqlens is read where it
+// lies.
+#pragma once
+#include "core/host_device.h"
+#include "core/tile_scheduler.h"
+
+namespace fa {
+
+// Accesses a thread makes one after the other when there is enough work for that.
+constexpr int kUnitsPerThread = 4;
+
+struct TokenTile {
+  int batch;
+  int begin, end;      // tokens of the sequence; empty: no work
+  int64_t first_row;   // row of the sequence's token 0 (varlen), 0 for fixed length
+};
+
+// Tokens of a tile: enough that each thread has kUnitsPerThread units, at least one.
+FA_HD constexpr int tokens_per_tile(int units_per_token, int num_threads) {
+  return max(1, num_threads * kUnitsPerThread / max(1, units_per_token));
+}
+
+FA_HD constexpr int64_t num_token_tiles(bool varlen, int batch_size, int seqlen, int tile_tokens) {
+  return varlen ? varlen_num_tiles(seqlen, batch_size, tile_tokens, 1)
+                : static_cast<int64_t>(ceil_div(seqlen, tile_tokens)) * batch_size;
+}
+
+FA_HD constexpr TokenTile token_tile(const int* cu_seqlens, int batch_size, int seqlen,
+                                     int tile_tokens, int tile) {
+  if (cu_seqlens == nullptr) {
+    const int tiles = ceil_div(seqlen, tile_tokens);
+    const int begin = tile % tiles * tile_tokens;
+    return {tile / tiles, begin, min(begin + tile_tokens, seqlen), 0};
+  }
+  const TileCoord coord = varlen_tile_coord(cu_seqlens, batch_size, tile_tokens, 1, tile);
+  if (coord.m_block < 0) return {coord.batch, 0, 0, 0};
+  const int first = cu_seqlens[coord.batch], length = cu_seqlens[coord.batch + 1] - first;
+  const int begin = coord.m_block * tile_tokens;
+  return {coord.batch, begin, min(begin + tile_tokens, length), first};
+}
+
+}  // namespace fa
