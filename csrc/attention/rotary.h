@@ -1,75 +1,123 @@
-// Rotary position embedding of a few pairs of one head, in registers. RoFormer, arXiv:2104.09864.
+// Rotary position embedding in registers. RoFormer, arXiv:2104.09864.
 //
 // (a, b) at position p and pair i becomes (a cos - b sin, b cos + a sin) with cos, sin = row p,
-// column i of the tables. Rows of the tables are read many times (once a head), so they go through
-// L1, unlike the rotated data.
+// column i of the tables. A thread holds one unit (core/row_kernels.h) of a row: kVec pairs in two
+// vectors. Every head of a token turns by the same angles, so a thread reads them once and turns
+// its unit of several heads.
 #pragma once
 #include "core/params.h"
+#include "core/row_kernels.h"
 #include "tile/vec.h"
 
 namespace fa {
 
-// cos and sin of pairs [pair, pair + kPairs) at `position`; the identity outside the table.
-template <class T, int kPairs>
+// cos and sin of the pairs of a unit at `position`; the identity outside the table. Interleaved, the
+// first half belongs to the first vector.
+template <class T, int kVec>
 struct RotaryAngles {
-  float cos[kPairs], sin[kPairs];
+  float cos[kVec], sin[kVec];
 
-  FA_DEVICE RotaryAngles(const RotaryTable& table, int position, int pair) {
-    const bool inside = position >= 0 && position < table.num_positions;
-    const int64_t at = inside ? position * table.row_stride + pair : 0;
-    Vec<T, kPairs> c{}, s{};
-    if (inside) {
-      c = *reinterpret_cast<const Vec<T, kPairs>*>(static_cast<const T*>(table.cos) + at);
-      s = *reinterpret_cast<const Vec<T, kPairs>*>(static_cast<const T*>(table.sin) + at);
+  FA_DEVICE RotaryAngles(const RotaryTable& table, int position, UnitColumns columns) {
+    if (position < 0 || position >= table.num_positions) {
+      FA_UNROLL
+      for (int i = 0; i < kVec; ++i) {
+        cos[i] = 1.f;
+        sin[i] = 0.f;
+      }
+      return;
     }
+    const int64_t row = position * table.row_stride;
+    const T* cos_row = static_cast<const T*>(table.cos) + row;
+    const T* sin_row = static_cast<const T*>(table.sin) + row;
+    if (table.interleaved && kVec > 1) {
+      constexpr int kHalf = kVec > 1 ? kVec / 2 : 1;
+      load<kHalf>(cos_row + columns.first / 2, cos);
+      load<kHalf>(sin_row + columns.first / 2, sin);
+      load<kHalf>(cos_row + columns.second / 2, cos + kVec / 2);
+      load<kHalf>(sin_row + columns.second / 2, sin + kVec / 2);
+    } else {
+      const int pair = table.interleaved ? columns.first / 2 : columns.first;
+      load<kVec>(cos_row + pair, cos);
+      load<kVec>(sin_row + pair, sin);
+    }
+    if (table.conjugate) {
+      FA_UNROLL
+      for (int i = 0; i < kVec; ++i) sin[i] = -sin[i];
+    }
+  }
+
+ private:
+  // A plain load: all heads of a token read the same row, so it shall stay in L1.
+  template <int N>
+  static FA_DEVICE void load(const T* from, float* to) {
+    float x[N];
+    to_float(*reinterpret_cast<const Vec<T, N>*>(from), x);
     FA_UNROLL
-    for (int i = 0; i < kPairs; ++i) {
-      cos[i] = inside ? to_float(c.x[i]) : 1.f;
-      sin[i] = inside ? to_float(s.x[i]) : 0.f;
-      if (table.conjugate) sin[i] = -sin[i];
-    }
+    for (int i = 0; i < N; ++i) to[i] = x[i];
   }
 };
 
-// Rotates unit `unit` of one head's row from src to dst (which may be the same row).
-//
-// A unit is what one thread moves: interleaved, kVec consecutive elements (kVec / 2 pairs); else
-// kVec elements of the first half and their partners in the second. kVec is even or 1, and with
-// kVec == 1 an interleaved unit is one pair.
-template <int kVec, class T>
-FA_DEVICE void rotate_unit(const RotaryTable& table, int position, int unit, const T* src, T* dst) {
-  if (table.interleaved) {
-    constexpr int kPairs = kVec == 1 ? 1 : kVec / 2;
-    const int column = unit * 2 * kPairs;
-    Vec<T, 2 * kPairs> x = load_vec<2 * kPairs>(src + column);
-    const RotaryAngles<T, kPairs> angle(table, position, unit * kPairs);
+// The two vectors of a unit.
+template <class T, int kVec>
+struct RowUnit {
+  Vec<T, kVec> first, second;
+};
+
+template <class T, int kVec>
+FA_DEVICE void rotate(RowUnit<T, kVec>& unit, const RotaryAngles<T, kVec>& angles,
+                      bool interleaved) {
+  float x[2][kVec];  // the two vectors
+  to_float(unit.first, x[0]);
+  to_float(unit.second, x[1]);
+  const auto turn = [&](float& a, float& b, int pair) {
+    const float old_a = a;
+    a = old_a * angles.cos[pair] - b * angles.sin[pair];
+    b = b * angles.cos[pair] + old_a * angles.sin[pair];
+  };
+  if (interleaved && kVec > 1) {
     FA_UNROLL
-    for (int i = 0; i < kPairs; ++i) {
-      const float a = to_float(x.x[2 * i]), b = to_float(x.x[2 * i + 1]);
-      x.x[2 * i] = from_float<T>(a * angle.cos[i] - b * angle.sin[i]);
-      x.x[2 * i + 1] = from_float<T>(b * angle.cos[i] + a * angle.sin[i]);
-    }
-    store_vec(dst + column, x);
+    for (int i = 0; i < 2 * kVec; i += 2)
+      turn(x[i / kVec][i % kVec], x[i / kVec][(i + 1) % kVec], i / 2);
   } else {
-    const int first = unit * kVec, second = first + table.rotary_dim / 2;
-    Vec<T, kVec> lo = load_vec<kVec>(src + first), hi = load_vec<kVec>(src + second);
-    const RotaryAngles<T, kVec> angle(table, position, first);
     FA_UNROLL
-    for (int i = 0; i < kVec; ++i) {
-      const float a = to_float(lo.x[i]), b = to_float(hi.x[i]);
-      lo.x[i] = from_float<T>(a * angle.cos[i] - b * angle.sin[i]);
-      hi.x[i] = from_float<T>(b * angle.cos[i] + a * angle.sin[i]);
-    }
-    store_vec(dst + first, lo);
-    store_vec(dst + second, hi);
+    for (int i = 0; i < kVec; ++i) turn(x[0][i], x[1][i], i);
   }
+  from_float(x[0], unit.first);
+  from_float(x[1], unit.second);
 }
 
-// Units of the rotated part of a row. Interleaved units are half as many pairs for kVec > 1.
-template <int kVec>
-FA_HD constexpr int rotary_units(const RotaryTable& table) {
-  const int pairs_per_unit = table.interleaved && kVec > 1 ? kVec / 2 : kVec;
-  return table.rotary_dim / 2 / pairs_per_unit;
-}
+// One unit of the heads of one token that a thread moves. Loading, turning and storing are separate
+// steps, so that the loads are under way while the caller finds out where the row goes.
+template <class T, int kVec>
+struct HeadUnits {
+  RowUnit<T, kVec> units[kHeadsPerThread];
+
+  // row: of the first head; num_heads: heads there are from it on.
+  FA_DEVICE void load(const T* row, int64_t head_stride, UnitColumns columns, int num_heads) {
+    FA_UNROLL
+    for (int h = 0; h < kHeadsPerThread; ++h) {
+      if (h >= num_heads) continue;
+      units[h].first = load_vec<kVec>(row + h * head_stride + columns.first);
+      if (columns.has_second)
+        units[h].second = load_vec<kVec>(row + h * head_stride + columns.second);
+    }
+  }
+
+  FA_DEVICE void turn(const RotaryTable& table, int position, UnitColumns columns) {
+    if (!columns.rotates) return;
+    const RotaryAngles<T, kVec> angles(table, position, columns);
+    FA_UNROLL
+    for (RowUnit<T, kVec>& unit : units) rotate(unit, angles, table.interleaved);
+  }
+
+  FA_DEVICE void store(T* row, int64_t head_stride, UnitColumns columns, int num_heads) const {
+    FA_UNROLL
+    for (int h = 0; h < kHeadsPerThread; ++h) {
+      if (h >= num_heads) continue;
+      store_vec(row + h * head_stride + columns.first, units[h].first);
+      if (columns.has_second) store_vec(row + h * head_stride + columns.second, units[h].second);
+    }
+  }
+};
 
 }  // namespace fa

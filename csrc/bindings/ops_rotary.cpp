@@ -8,7 +8,7 @@ namespace fa {
 namespace {
 
 PlannedKernel plan_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
-                          const OptionalTensor& cu_seqlens, int64_t max_seqlen, bool interleaved) {
+                          const OptionalTensor& cu_seqlens, bool interleaved) {
   const int64_t rank = x.dim();
   FA_CHECK(rank == (cu_seqlens ? 3 : 4), "x: got ", rank,
            " dimensions, expected [batch, seqlen, heads, head_dim], or [total, heads, head_dim] "
@@ -21,7 +21,7 @@ PlannedKernel plan_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
   problem.head_dim = problem.head_dim_v = to_int("head_dim", x.size(rank - 1));
   problem.rotary_dim = 2 * to_int("rotary_dim", cos.size(cos.dim() - 1));
   problem.batch_size = to_int("batch", cu_seqlens ? cu_seqlens->size(0) - 1 : x.size(0));
-  problem.seqlen_q = to_int("seqlen", cu_seqlens ? max_seqlen : x.size(1));
+  problem.seqlen_q = to_int("seqlen", cu_seqlens ? x.size(0) : x.size(1));
   problem.num_heads_q = problem.num_heads_kv = to_int("heads", x.size(rank - 2));
   problem.varlen = cu_seqlens.has_value();
   problem.rotary_interleaved = interleaved;
@@ -59,7 +59,7 @@ void launch_rotary(const PlannedKernel& kernel, const Tensor& x, const Tensor& o
 Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
               const OptionalTensor& seqlen_offsets, const OptionalTensor& cu_seqlens,
               int64_t max_seqlen, bool interleaved, bool conjugate, bool same_position) {
-  const PlannedKernel kernel = plan_rotary(x, cos, sin, cu_seqlens, max_seqlen, interleaved);
+  const PlannedKernel kernel = plan_rotary(x, cos, sin, cu_seqlens, interleaved);
   if (kernel.backend == nullptr) {
     return call_tiled<Tensor>("flash_attn_ext::rotary", x, cos, sin, seqlen_offsets, cu_seqlens,
                               max_seqlen, interleaved, conjugate, same_position);
@@ -74,7 +74,7 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
 void rotary_in_place(const Tensor& x, const Tensor& cos, const Tensor& sin,
                      const OptionalTensor& seqlen_offsets, const OptionalTensor& cu_seqlens,
                      int64_t max_seqlen, bool interleaved, bool conjugate, bool same_position) {
-  const PlannedKernel kernel = plan_rotary(x, cos, sin, cu_seqlens, max_seqlen, interleaved);
+  const PlannedKernel kernel = plan_rotary(x, cos, sin, cu_seqlens, interleaved);
   if (kernel.backend == nullptr) {
     return call_tiled<void>("flash_attn_ext::rotary_", x, cos, sin, seqlen_offsets, cu_seqlens,
                             max_seqlen, interleaved, conjugate, same_position);

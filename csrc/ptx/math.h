@@ -1,6 +1,6 @@
 // Approximate math in one instruction each; ftz variants, so that ptxas adds no denormal handling.
 //
-// PTX ISA, "Floating Point Instructions: ex2, lg2".
+// PTX ISA, "Floating Point Instructions: ex2, lg2, rcp".
 #pragma once
 #include "core/host_device.h"
 
@@ -17,6 +17,13 @@ FA_DEVICE float ex2_approx_ftz(float x) {
 FA_DEVICE float lg2_approx_ftz(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x to 1 ulp; rcp(0) = inf. The IEEE division brings a slow path with it.
+FA_DEVICE float rcp_approx_ftz(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -8,18 +8,16 @@
 #include <cuda_runtime.h>
 
 #include "core/params.h"
+#include "core/row_kernels.h"
 #include "tile/vec.h"
 
 namespace fa {
 
-constexpr int kBwdPreprocessThreads = 256;
-constexpr int kBwdPreprocessRowsPerGroup = 4;  // 8 loads of 16 bytes in flight per lane
-
 template <class T, int kVec>
 __global__ void __launch_bounds__(kBwdPreprocessThreads)
-    bwd_preprocess_kernel(const __grid_constant__ BwdPreprocessParams p, int lanes_per_row) {
-  const int groups = kBwdPreprocessThreads / lanes_per_row;
-  const int group = threadIdx.x / lanes_per_row, lane = threadIdx.x % lanes_per_row;
+    bwd_preprocess_kernel(const __grid_constant__ BwdPreprocessParams p, int row_lanes) {
+  const int groups = kBwdPreprocessThreads / row_lanes;
+  const int group = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
   const int rows_per_cta = groups * kBwdPreprocessRowsPerGroup;
   const int token_blocks = ceil_div(p.seqlen, rows_per_cta);
   const int head = blockIdx.x % p.num_heads;
@@ -35,7 +33,7 @@ __global__ void __launch_bounds__(kBwdPreprocessThreads)
   const auto token_of = [&](int r) { return token_block * rows_per_cta + r * groups + group; };
 
   float sum[kBwdPreprocessRowsPerGroup] = {};
-  for (int column = lane * kVec; column < p.head_dim_v; column += lanes_per_row * kVec) {
+  for (int column = lane * kVec; column < p.head_dim_v; column += row_lanes * kVec) {
     Vec<T, kVec> o[kBwdPreprocessRowsPerGroup], d[kBwdPreprocessRowsPerGroup];
     FA_UNROLL
     for (int r = 0; r < kBwdPreprocessRowsPerGroup; ++r) {
@@ -46,15 +44,18 @@ __global__ void __launch_bounds__(kBwdPreprocessThreads)
     FA_UNROLL
     for (int r = 0; r < kBwdPreprocessRowsPerGroup; ++r) {
       if (token_of(r) >= p.seqlen) continue;
+      float x[kVec], y[kVec];
+      to_float(o[r], x);
+      to_float(d[r], y);
       FA_UNROLL
-      for (int i = 0; i < kVec; ++i) sum[r] += to_float(o[r].x[i]) * to_float(d[r].x[i]);
+      for (int i = 0; i < kVec; ++i) sum[r] += x[i] * y[i];
     }
   }
 
   FA_UNROLL
   for (int r = 0; r < kBwdPreprocessRowsPerGroup; ++r) {
     // All 32 lanes take part: a group is a power of two of them, and tokens past the end hold 0.
-    for (int step = lanes_per_row / 2; step > 0; step /= 2)
+    for (int step = row_lanes / 2; step > 0; step /= 2)
       sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], step);
     const int token = token_of(r);
     if (lane != 0 || token >= p.seqlen) continue;
@@ -70,13 +71,12 @@ __global__ void __launch_bounds__(kBwdPreprocessThreads)
 template <class T>
 int launch_bwd_preprocess(const BwdPreprocessParams& p, cudaStream_t stream) {
   const int vec = p.vectorized ? kVecSize<T> : 1;
-  int lanes_per_row = 1;
-  while (lanes_per_row < 32 && lanes_per_row * vec < p.head_dim_v) lanes_per_row *= 2;
-  const int rows_per_cta = kBwdPreprocessThreads / lanes_per_row * kBwdPreprocessRowsPerGroup;
-  const int grid = ceil_div(p.seqlen, rows_per_cta) * p.num_heads * p.batch_size;
+  const int64_t ctas = static_cast<int64_t>(p.num_heads) * p.batch_size *
+                       ceil_div(p.seqlen, bwd_preprocess_rows_per_cta(p.head_dim_v, vec));
   const auto kernel =
       p.vectorized ? bwd_preprocess_kernel<T, kVecSize<T>> : bwd_preprocess_kernel<T, 1>;
-  kernel<<<grid, kBwdPreprocessThreads, 0, stream>>>(p, lanes_per_row);
+  kernel<<<static_cast<unsigned>(ctas), kBwdPreprocessThreads, 0, stream>>>(
+      p, bwd_preprocess_lanes_per_row(p.head_dim_v, vec));
   return cudaGetLastError();
 }
 

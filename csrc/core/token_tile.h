@@ -9,25 +9,24 @@
 
 namespace fa {
 
-// Accesses a thread makes one after the other when there is enough work for that.
-constexpr int kUnitsPerThread = 4;
-
 struct TokenTile {
   int batch;
-  int begin, end;      // tokens of the sequence; empty: no work
-  int64_t first_row;   // row of the sequence's token 0 (varlen), 0 for fixed length
+  int begin, end;     // tokens of the sequence; empty: no work
+  int64_t first_row;  // row of the sequence's token 0 (varlen), 0 for fixed length
 };
 
-// Tokens of a tile: enough that each thread has kUnitsPerThread units, at least one.
+// Tokens of a tile: as many as num_threads move in one step, at least one.
 FA_HD constexpr int tokens_per_tile(int units_per_token, int num_threads) {
-  return max(1, num_threads * kUnitsPerThread / max(1, units_per_token));
+  return max(1, num_threads / max(1, units_per_token));
 }
 
+// Tiles of a launch. seqlen: of each sequence; varlen: of all together.
 FA_HD constexpr int64_t num_token_tiles(bool varlen, int batch_size, int seqlen, int tile_tokens) {
   return varlen ? varlen_num_tiles(seqlen, batch_size, tile_tokens, 1)
                 : static_cast<int64_t>(ceil_div(seqlen, tile_tokens)) * batch_size;
 }
 
+// Tile `tile` of a launch of num_token_tiles CTAs.
 FA_HD constexpr TokenTile token_tile(const int* cu_seqlens, int batch_size, int seqlen,
                                      int tile_tokens, int tile) {
   if (cu_seqlens == nullptr) {

@@ -1,0 +1,244 @@
+"""Bandwidth of the kernels that only move data, against a plain copy in the same run.
+
+    python benchmarks/bench_small_kernels.py [--assert 0.85] [--megabytes 600] [--out FILE]
+
+Measures combine, bwd_preprocess, rotary and append_kv through torch.ops, alternating with
+`Tensor.copy_` of as many bytes. Bytes are those that must move: every input read once, every output
+written once. On CUDA the tiled backend is refused, so that a row is always a kernel's. Results go
+to benchmarks/results/<device>/small_kernels.json; --assert exits with 1 if a row is below that
+fraction of the copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+import torch
+from torch import Tensor
+
+os.environ.setdefault("FLASH_ATTN_EXT_FALLBACK", "error")
+
+import flash_attn_ext
+
+NUM_HEADS, NUM_HEADS_KV = 16, 8
+SEQLEN = 4096
+MAX_POSITION = 2 * SEQLEN
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a call, and the bytes it has to move."""
+
+    op: str
+    case: str
+    num_bytes: int
+    run: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all cases share."""
+
+    device: torch.device
+    input_bytes: int  # at least this much is read by every case
+
+    def batch_size(self, bytes_per_sequence: int) -> int:
+        """The smallest batch whose inputs have input_bytes."""
+        return -(-self.input_bytes // bytes_per_sequence)
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=self.device)
+
+    def angles(self, rotary_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, [MAX_POSITION, rotary_dim / 2] each."""
+        angle = torch.rand(MAX_POSITION, rotary_dim // 2, device=self.device) * 6.28
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def size(*tensors: Tensor) -> int:
+    """Bytes of the elements of all tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def short(dtype: torch.dtype) -> str:
+    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+
+
+def combine_case(s: Setup, num_splits: int, head_dim: int, out_dtype: torch.dtype) -> Case:
+    rows = NUM_HEADS * SEQLEN // num_splits
+    batch_size = s.batch_size(num_splits * rows * head_dim * 4)
+    shape = (num_splits, batch_size, SEQLEN // num_splits, NUM_HEADS)
+    out_partial = s.randn(*shape, head_dim, dtype=torch.float32)
+    lse_partial = s.randn(*shape, dtype=torch.float32)
+    num_rows = lse_partial[0].numel()
+    written = num_rows * (head_dim * out_dtype.itemsize + 4)
+    op = torch.ops.flash_attn_ext.combine.default
+    return Case(
+        "combine",
+        f"{num_splits} splits, head_dim {head_dim}, to {short(out_dtype)}",
+        size(out_partial, lse_partial) + written,
+        lambda: op(out_partial, lse_partial, out_dtype),
+    )
+
+
+def bwd_preprocess_case(s: Setup, head_dim: int, dtype: torch.dtype, with_dlse: bool) -> Case:
+    batch_size = s.batch_size(2 * SEQLEN * NUM_HEADS * head_dim * dtype.itemsize)
+    out, dout = (s.randn(batch_size, SEQLEN, NUM_HEADS, head_dim, dtype=dtype) for _ in range(2))
+    delta = torch.empty(batch_size, NUM_HEADS, SEQLEN, dtype=torch.float32, device=s.device)
+    dlse = torch.randn_like(delta) if with_dlse else None
+    op = torch.ops.flash_attn_ext.bwd_preprocess.default
+    return Case(
+        "bwd_preprocess",
+        f"head_dim {head_dim}, {short(dtype)}{', dlse' if with_dlse else ''}",
+        size(out, dout, delta) + (size(delta) if with_dlse else 0),
+        lambda: op(out, dout, dlse),
+    )
+
+
+def rotary_case(
+    s: Setup, head_dim: int, rotary_dim: int, dtype: torch.dtype, interleaved: bool, inplace: bool
+) -> Case:
+    touched = rotary_dim if inplace else head_dim
+    batch_size = s.batch_size(SEQLEN * NUM_HEADS * touched * dtype.itemsize)
+    x = s.randn(batch_size, SEQLEN, NUM_HEADS, head_dim, dtype=dtype)
+    cos, sin = s.angles(rotary_dim, dtype)
+    ops = torch.ops.flash_attn_ext
+    op = ops.rotary_.default if inplace else ops.rotary.default
+    return Case(
+        "rotary_" if inplace else "rotary",
+        f"head_dim {head_dim}, rotary_dim {rotary_dim}, {short(dtype)}"
+        f"{', interleaved' if interleaved else ''}",
+        2 * size(x) * touched // head_dim,
+        lambda: op(x, cos, sin, None, None, SEQLEN, interleaved, False, False),
+    )
+
+
+def rotary_varlen_case(s: Setup, head_dim: int, dtype: torch.dtype) -> Case:
+    """Sequences of random lengths up to SEQLEN, each at its own position."""
+    batch_size = 2 * s.batch_size(SEQLEN * NUM_HEADS * head_dim * dtype.itemsize)
+    lengths = torch.randint(1, SEQLEN + 1, (batch_size,), device=s.device)
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    offsets = torch.randint(0, SEQLEN, (batch_size,), dtype=torch.int32, device=s.device)
+    x = s.randn(int(lengths.sum()), NUM_HEADS, head_dim, dtype=dtype)
+    cos, sin = s.angles(head_dim, dtype)
+    op = torch.ops.flash_attn_ext.rotary.default
+    return Case(
+        "rotary",
+        f"head_dim {head_dim}, rotary_dim {head_dim}, {short(dtype)}, varlen",
+        2 * size(x),
+        lambda: op(x, cos, sin, offsets, cu_seqlens, SEQLEN, False, False, False),
+    )
+
+
+def append_kv_case(s: Setup, page_size: int, rotary_dim: int) -> Case:
+    """Appends SEQLEN tokens behind as many, head_dim 128, bf16; page_size 0: contiguous."""
+    head_dim, seqlen_cache = 128, 2 * SEQLEN
+    batch_size = s.batch_size(2 * SEQLEN * NUM_HEADS_KV * head_dim * 2)
+    k, v = (s.randn(batch_size, SEQLEN, NUM_HEADS_KV, head_dim) for _ in range(2))
+    page_table = None
+    cache_shape = (batch_size, seqlen_cache, NUM_HEADS_KV, head_dim)
+    if page_size:
+        pages = seqlen_cache // page_size
+        ids = torch.randperm(batch_size * pages, device=s.device)
+        page_table = ids.to(torch.int32).view(batch_size, pages)
+        cache_shape = (batch_size * pages, page_size, NUM_HEADS_KV, head_dim)
+    k_cache, v_cache = (s.randn(*cache_shape) for _ in range(2))
+    cos, sin = s.angles(rotary_dim, k.dtype) if rotary_dim else (None, None)
+    seqlens = torch.full((batch_size,), SEQLEN, dtype=torch.int32, device=s.device)
+    op = torch.ops.flash_attn_ext.append_kv.default
+    return Case(
+        "append_kv",
+        f"head_dim {head_dim}, bf16, {f'pages of {page_size}' if page_size else 'contiguous'}"
+        f"{f', rotary_dim {rotary_dim}' if rotary_dim else ''}",
+        2 * size(k, v),
+        lambda: op(k_cache, v_cache, k, v, seqlens, None, page_table, None, cos, sin, None, True),
+    )
+
+
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+CASES: list[tuple[Callable[..., Case], tuple[object, ...]]] = [
+    (combine_case, (2, 128, BF16)),
+    (combine_case, (8, 64, BF16)),
+    (combine_case, (8, 128, BF16)),
+    (combine_case, (32, 128, FP16)),
+    (combine_case, (8, 256, FP32)),
+    (bwd_preprocess_case, (64, BF16, False)),
+    (bwd_preprocess_case, (128, BF16, True)),
+    (bwd_preprocess_case, (128, FP16, False)),
+    (bwd_preprocess_case, (128, FP32, False)),
+    *(
+        (rotary_case, (*shape, interleaved, inplace))
+        for shape in ((64, 64, BF16), (128, 128, BF16), (128, 64, FP16), (128, 128, FP32))
+        for interleaved, inplace in itertools.product((False, True), repeat=2)
+    ),
+    (rotary_varlen_case, (128, BF16)),
+    *((append_kv_case, arguments) for arguments in itertools.product((0, 16, 256), (0, 128))),
+]
+"""One row each: the function that builds it and its arguments."""
+
+
+def measure(case: Case, device: torch.device, repetitions: int) -> common.Json:
+    """One row of the result file."""
+    copy = common.copy_of(case.num_bytes, device)
+    ms, copy_ms = common.median_ms([case.run, copy], device, repetitions=repetitions)
+    return {
+        "op": case.op,
+        "case": case.case,
+        "num_bytes": case.num_bytes,
+        "ms": round(ms, 5),
+        "gb_per_s": round(case.num_bytes / ms / 1e6, 1),
+        "copy_gb_per_s": round(case.num_bytes / copy_ms / 1e6, 1),
+        "fraction_of_copy": round(copy_ms / ms, 4),
+        "repetitions": repetitions,
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Measures every case, prints the rows, writes the file; 1 if --assert is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--assert", dest="least", type=float, default=0.0, metavar="FRACTION")
+    parser.add_argument("--megabytes", type=int, default=600, help="least bytes read by a case")
+    parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument(
+        "--device", type=torch.device, default=None, help="default: cuda if present"
+    )
+    parser.add_argument("--only", default="", help="measure only the ops whose name contains this")
+    parser.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args(argv)
+
+    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    setup = Setup(device, options.megabytes * 1_000_000)
+    rows = []
+    for build, arguments in CASES:
+        if options.only not in build.__name__:
+            continue
+        row = measure(build(setup, *arguments), device, options.repetitions)
+        rows.append(row)
+        print(
+            f"{row['op']:<15} {row['case']:<48} {row['num_bytes'] / 1e6:>7.0f} MB "
+            f"{row['gb_per_s']:>7.0f} GB/s  copy {row['copy_gb_per_s']:>7.0f} GB/s "
+            f"{row['fraction_of_copy']:>7.1%}",
+            flush=True,
+        )
+
+    env = common.environment(device)
+    env["flash_attn_ext"] = flash_attn_ext.__version__
+    path = options.out or common.RESULTS / common.device_slug(env["device"]) / "small_kernels.json"
+    common.write_results(path, env, rows)
+    short_rows = [row for row in rows if row["fraction_of_copy"] < options.least]
+    for row in short_rows:
+        print(f"below {options.least:.0%} of the copy: {row['op']}, {row['case']}")
+    print(f"{len(rows)} rows, {len(short_rows)} too slow, written to {path}")
+    return int(bool(short_rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

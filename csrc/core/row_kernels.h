@@ -1,0 +1,99 @@
+// Limits and launch geometry of the kernels that work row by row: combine, bwd_preprocess, rotary,
+// append_kv. A row is one head of one token. Kernels launch with these numbers and plans show them.
+//
+// `vec` is the number of elements that a thread moves at once: those of 16 bytes, or 1 where rows
+// are not aligned.
+#pragma once
+#include "core/dtype.h"
+
+namespace fa {
+
+constexpr int kMaxRowHeadDim = 256;      // as for attention itself
+constexpr int kMaxCombineSplits = 1024;  // every lane walks all splits of its row
+constexpr int kVectorBytes = 16;         // the widest load or store of a thread
+
+constexpr int kCombineThreads = 128;
+constexpr int kCombineCtasPerSm = 8;  // 64 registers a thread
+constexpr int kCombineUnroll = 4;     // splits that a thread loads together
+constexpr int kBwdPreprocessThreads = 256;
+constexpr int kBwdPreprocessRowsPerGroup = 4;  // 8 loads of 16 bytes in flight per lane
+constexpr int kRotaryThreads = 128;
+constexpr int kAppendKvThreads = 128;
+// rotary and append_kv: 96 registers a thread. 80 would spill; larger CTAs would leave fewer threads
+// on an SM, and with them fewer loads in flight.
+constexpr int kUnitCtasPerSm = 5;
+
+// Partial results are fp32: 4 of them are 16 bytes.
+constexpr int kCombineVec = 4;
+
+FA_HD constexpr int elements_per_vector(DType dtype) {
+  return kVectorBytes / dtype_bytes(dtype);
+}
+
+// Threads that share a row of combine; they exchange nothing.
+FA_HD constexpr int combine_lanes_per_row(int head_dim_v, int vec) {
+  return min(max(1, ceil_div(head_dim_v, vec)), kCombineThreads);
+}
+FA_HD constexpr int combine_rows_per_cta(int head_dim_v, int vec) {
+  return kCombineThreads / combine_lanes_per_row(head_dim_v, vec);
+}
+
+// Lanes that sum up a row of bwd_preprocess together: a power of two, at most a warp. Preferably one
+// that divides the row's vectors, so that none idles (96 fp32: 8 lanes, 3 steps of 128 bytes).
+FA_HD constexpr int bwd_preprocess_lanes_per_row(int head_dim_v, int vec) {
+  const int vectors = max(1, ceil_div(head_dim_v, vec));
+  const int divisor = vectors & -vectors;  // largest power of two that divides
+  return min(divisor >= 8 ? divisor : next_power_of_two(vectors), kWarpSize);
+}
+FA_HD constexpr int bwd_preprocess_rows_per_cta(int head_dim_v, int vec) {
+  return kBwdPreprocessThreads / bwd_preprocess_lanes_per_row(head_dim_v, vec) *
+         kBwdPreprocessRowsPerGroup;
+}
+
+// What one thread of rotary and append_kv moves of a row is a unit: two vectors of `vec` elements.
+// The rotated part is cut into halves, so is the part behind it; a unit takes the same vector of both
+// halves, so that neighbouring threads touch neighbouring bytes. Not interleaved, the second vector
+// holds the partners of the first; interleaved, each holds whole pairs. The part behind may have an
+// odd number of vectors; then its last unit has one. The thread moves the same unit of
+// kHeadsPerThread heads, which all turn by the same angles.
+constexpr int kHeadsPerThread = 4;  // 8 loads of 16 bytes in flight
+
+FA_HD constexpr int rotated_units(int rotary_dim, int vec) {
+  return rotary_dim / (2 * vec);
+}
+FA_HD constexpr int row_units(int head_dim, int rotary_dim, int vec) {
+  return rotated_units(rotary_dim, vec) + ceil_div(head_dim - rotary_dim, 2 * vec);
+}
+
+// Where unit `unit` of a row lies. vec divides head_dim, 2 vec divides rotary_dim; vec is even or 1.
+struct UnitColumns {
+  int first, second;  // first element of each vector
+  bool has_second;
+  bool rotates;
+};
+FA_HD constexpr UnitColumns unit_columns(int head_dim, int rotary_dim, bool interleaved, int vec,
+                                         int unit) {
+  const int rotated = rotated_units(rotary_dim, vec);
+  if (unit < rotated) {
+    if (interleaved && vec == 1) return {2 * unit, 2 * unit + 1, true, true};  // one pair
+    return {unit * vec, unit * vec + rotary_dim / 2, true, true};
+  }
+  const int behind = row_units(head_dim, rotary_dim, vec) - rotated;
+  const int first = rotary_dim + (unit - rotated) * vec, second = first + behind * vec;
+  return {first, second, second < head_dim, false};
+}
+
+// Threads that a token needs: one for each unit of each group of heads.
+FA_HD constexpr int units_per_token(int num_heads, int units_per_row) {
+  return ceil_div(num_heads, kHeadsPerThread) * units_per_row;
+}
+
+static_assert(combine_lanes_per_row(96, 4) == 24 && combine_lanes_per_row(256, 1) == 128);
+static_assert(bwd_preprocess_lanes_per_row(128, 8) == 16 && bwd_preprocess_lanes_per_row(96, 4) == 8);
+static_assert(bwd_preprocess_lanes_per_row(80, 8) == 16 && bwd_preprocess_lanes_per_row(1, 8) == 1);
+static_assert(row_units(128, 64, 8) == 4 + 4 && row_units(72, 64, 8) == 4 + 1);
+static_assert(unit_columns(128, 64, false, 8, 1).second == 8 + 32);
+static_assert(unit_columns(72, 64, true, 8, 4).first == 64 &&
+              !unit_columns(72, 64, true, 8, 4).has_second);
+
+}  // namespace fa

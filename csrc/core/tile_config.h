@@ -1,0 +1,268 @@
+// The one table of tile sizes of the attention kernels. Kernels, plans and tests read it.
+//
+// Rows are chosen by head_dim rounded up to a built size (64, 96, 128, 192, 256). kSm80 rows are
+// for 163 KB of shared memory; kSm89 rows for 99 KB, which is what GPUs of compute capability 8.6,
+// 8.9 and 12.0 have. "Bordered" is a causal or window mask, where smaller tiles waste less on the
+// border; a kernel family that needs one tile for all masks takes kFull. The numbers are starting
+// values: change one together with the measurement that shows the gain.
+#pragma once
+#include "core/arch.h"
+
+namespace fa {
+
+constexpr int kMaxHeadDim = 256;
+
+// The built size that runs head_dim; 0: none does.
+FA_HD constexpr int built_head_dim(int head_dim) {
+  const int built[] = {64, 96, 128, 192, kMaxHeadDim};
+  for (int size : built)
+    if (0 < head_dim && head_dim <= size) return size;
+  return 0;
+}
+
+enum class MaskKind { kFull, kBordered };
+
+struct FwdTileConfig {
+  int tile_m, tile_n;  // rows of Q, rows of K and V per step
+  int num_stages;      // K and V buffers in flight
+  int num_q_stages;    // Q buffers: 2 = the next tile's Q loads while this one computes
+  int num_warps;       // that compute; SM90 adds one producer warpgroup
+  bool q_in_regs;      // Q passes through the K buffers into registers and keeps no buffer
+};
+
+// SM80 and SM89: warp w owns 16-row bands, tile_m / num_warps rows in all; P stays in registers.
+// SM90: every consumer warpgroup owns 64 rows; P stays in registers.
+FA_HD constexpr FwdTileConfig fwd_tile_config(Arch arch, int head_dim, MaskKind mask) {
+  const int built = built_head_dim(head_dim);
+  const bool full = mask == MaskKind::kFull;
+  // clang-format off
+  switch (arch) {
+    case Arch::kSm80:
+      switch (built) {
+        // 80 KB with 2 stages: two CTAs on an SM of 164 KB. The second stage is worth about 5 %.
+        case 64:  return {128, 128, 2, 1, 4, false};
+        // 72 KB, two CTAs. A tile_n of 128 needs 224 accumulator registers.
+        case 96:  return {128,  64, 2, 1, 4, false};
+        // 64 KB, two CTAs. A second stage (96 KB) would leave one CTA of 4 warps on the SM.
+        case 128: return {128,  64, 1, 1, 4, false};
+        // 8 warps, because 4 would need 256 accumulator registers. One CTA at any number of
+        // stages, so two: 144 KB. Three (192 KB) do not fit.
+        case 192: return {128,  64, 2, 1, 8, false};
+        // 128 KB. Two stages need 192 KB; 64 rows of Q would read each key twice as often.
+        case 256: return {128,  64, 1, 1, 8, false};
+      }
+      break;
+    case Arch::kSm89:
+      switch (built) {
+        // 48 KB: two CTAs on an SM of 100 KB.
+        case 64:  return {128, 128, 1, 1, 4, false};
+        // 48 KB, two CTAs.
+        case 96:  return {128,  64, 1, 1, 4, false};
+        // 64 KB. Q in registers is read from shared memory once instead of once per step.
+        case 128: return {128, 128, 1, 1, 8, true};
+        // 96 KB of 99.
+        case 192: return {128,  64, 1, 1, 8, false};
+        // 96 KB of 99: 128 rows of Q would need 128 KB.
+        case 256: return { 64,  64, 1, 1, 4, false};
+      }
+      break;
+    case Arch::kSm90:
+      switch (built) {
+        // Four warpgroups hide the exponentials, which take as long as the products here. tile_n 80
+        // does not compile without serialised wgmma at the 112 registers they get. 96 KB.
+        case 64:  return {256,  64, 4, 1, 16, false};
+        // Two warpgroups: three need P in shared memory, beyond its bandwidth. 168 KB; bordered
+        // 120 KB.
+        case 96:  return full ? FwdTileConfig{128, 192, 2, 1, 8, false}
+                              : FwdTileConfig{128, 128, 2, 1, 8, false};
+        // Full: three warpgroups read each key once for 192 rows; tile_n 96 serialises at 160
+        // registers; the third stage fits (168 KB). Bordered: 128 wide so that the diagonal
+        // wastes little, two Q stages so that the next tile starts early (192 KB).
+        case 128: return full ? FwdTileConfig{192,  80, 3, 1, 12, false}
+                              : FwdTileConfig{128, 128, 2, 2,  8, false};
+        // 216 KB of 227: 128 keys would need 240 KB.
+        case 192: return {128, 112, 2, 1, 8, false};
+        // 224 KB of 227: 96 keys would need 256 KB.
+        case 256: return {128,  80, 2, 1, 8, false};
+      }
+      break;
+  }
+  // clang-format on
+  return {0, 0, 0, 0, 0, false};
+}
+
+// The d 128 tile for short full attention on SM90, where 192 rows leave SMs idle: two warpgroups,
+// 176 keys. 208 KB, and 196 registers for S, O and P; 192 keys would need 224 KB and 208.
+FA_HD constexpr FwdTileConfig sm90_fwd_hdim128_short_tile_config() {
+  return {128, 176, 2, 1, 8, false};
+}
+
+// Q buffers plus num_stages of K and of V, 2-byte elements. O reuses Q's space, or K's if Q has
+// none. Barriers are not counted: see kFwdBarrierBytes.
+FA_HD constexpr int fwd_smem_bytes(FwdTileConfig c, int head_dim, int head_dim_v) {
+  const int kv_bytes = 2 * c.num_stages * c.tile_n * (head_dim + head_dim_v);
+  const int q_bytes = 2 * c.num_q_stages * c.tile_m * max(head_dim, head_dim_v);
+  return c.q_in_regs ? max(kv_bytes, q_bytes) : kv_bytes + q_bytes;
+}
+constexpr int kFwdBarrierBytes = 1024;  // mbarriers, 8 bytes each, and the tile's 1024 B alignment
+
+FA_HD constexpr int fwd_compute_threads(FwdTileConfig c) {
+  return c.num_warps * kWarpSize;
+}
+FA_HD constexpr int fwd_num_threads(Arch arch, FwdTileConfig c) {
+  return fwd_compute_threads(c) + (arch == Arch::kSm90 ? kWarpgroupSize : 0);
+}
+
+// fp32 registers of a computing thread that hold S and O.
+FA_HD constexpr int fwd_accum_regs(FwdTileConfig c, int head_dim_v) {
+  return c.tile_m * (c.tile_n + head_dim_v) / fwd_compute_threads(c);
+}
+// The same with P, two elements to a register, while S still lives (wgmma reads P late), and with Q
+// where it stays in registers.
+FA_HD constexpr int fwd_operand_regs(FwdTileConfig c, int head_dim) {
+  const int p = c.tile_m * c.tile_n / 2 / fwd_compute_threads(c);
+  const int q = c.q_in_regs ? c.tile_m * head_dim / 2 / fwd_compute_threads(c) : 0;
+  return p + q;
+}
+
+// Registers of SM90's roles, set with setmaxnreg: the launch gives every thread the same number,
+// the producer gives most of its own back. Multiples of 8.
+struct WarpgroupRegisters {
+  int at_launch, producer, consumer;
+};
+FA_HD constexpr WarpgroupRegisters warpgroup_registers(int num_consumer_warpgroups) {
+  switch (num_consumer_warpgroups) {
+    case 1: return {kMaxRegistersPerThread, 56, 256};
+    case 2: return {168, 24, 240};
+    case 3: return {128, 32, 160};
+    case 4: return {96, 24, 112};
+  }
+  return {0, 0, 0};
+}
+
+struct BwdTileConfig {
+  int tile_m, tile_n;    // rows of Q and dO per step, rows of K and V that a CTA keeps
+  int num_q_stages;      // Q buffers
+  int num_dout_stages;   // dO buffers
+  int num_ds_stages;     // P or dS buffers, [tile_m, tile_n]
+  int num_warps;         // that compute; SM90 adds one producer warpgroup
+  bool v_in_regs;        // V passes through Q's and dO's buffers and keeps none
+  bool dq_through_smem;  // dQ is staged in fp32 for a bulk reduction; else added from registers
+};
+
+// K and V stay, Q and dO stream: dK and dV are complete in one CTA, dQ is added up in global
+// memory.
+FA_HD constexpr BwdTileConfig bwd_tile_config(Arch arch, int head_dim, MaskKind mask) {
+  const int built = built_head_dim(head_dim);
+  const bool full = mask == MaskKind::kFull;
+  // clang-format off
+  switch (arch) {
+    case Arch::kSm80:  // P and dS each have a buffer: num_ds_stages = 2
+      switch (built) {
+        case 64:  return {128, 128, 2, 1, 2, 8, false, false};  // 144 KB
+        case 96:  return { 64, 128, 2, 1, 2, 8, false, false};  // 116 KB; 128 rows need 184 KB
+        case 128: return { 64, 128, 2, 1, 2, 8, false, false};  // 144 KB
+        case 192: return { 64,  64, 2, 1, 2, 8, false, false};  // 136 KB; 128 keys need 256 regs
+        case 256: return { 64,  64, 1, 1, 2, 8, false, false};  // 144 KB; a second Q needs 176 KB
+      }
+      break;
+    case Arch::kSm89:
+      switch (built) {
+        case 64:  return { 64, 128, 2, 1, 2, 8, false, false};  // 88 KB; 128 rows need 144 KB
+        case 96:  return { 64, 128, 1, 1, 2, 8, true,  false};  // 80 KB; V's buffer would make 104
+        case 128: return { 64,  64, 2, 1, 2, 8, false, false};  // 96 KB; 128 keys need 144 KB
+        case 192: return { 64,  64, 1, 1, 2, 8, true,  false};  // 88 KB; V's buffer would make 112
+        case 256: return { 64,  32, 1, 1, 2, 8, true,  false};  // 88 KB; 64 keys need 112 KB
+      }
+      break;
+    case Arch::kSm90:
+      switch (built) {
+        // 64 x 128 is the largest tile that compiles without serialised wgmma when dV is issued
+        // before dP and S of the next block before dK; dQ goes out from registers. 80 KB.
+        case 64:  return {64, 128, 2, 2, 1, 8, false, false};
+        // The same order. 112 KB.
+        case 96:  return {64, 128, 2, 2, 1, 8, false, false};
+        // 80 rows use the registers to the full, and shared memory (224 KB); bordered 64 rows, as
+        // the diagonal wastes less (192 KB).
+        case 128: return {full ? 80 : 64, 128, 2, 2, 2, 8, false, true};
+        // Three warpgroups share dK and dV, 96 registers of 160. 204 KB.
+        case 192: return {64,  96, 2, 1, 1, 12, false, true};
+        // 186 KB; staging dQ would make 250 KB.
+        case 256: return {64,  80, 2, 1, 1, 8, false, false};
+      }
+      break;
+  }
+  // clang-format on
+  return {0, 0, 0, 0, 0, 0, false, false};
+}
+
+// K, V, the streamed Q and dO, dS, and fp32 dQ if staged; 2-byte elements.
+FA_HD constexpr int bwd_smem_bytes(BwdTileConfig c, int head_dim) {
+  const int kept = (c.v_in_regs ? 1 : 2) * c.tile_n * head_dim;
+  const int streamed = (c.num_q_stages + c.num_dout_stages) * c.tile_m * head_dim;
+  const int ds = c.num_ds_stages * c.tile_m * c.tile_n;
+  const int dq = c.dq_through_smem ? 2 * c.tile_m * head_dim : 0;  // fp32: two 2-byte elements
+  return 2 * (kept + streamed + ds + dq);
+}
+constexpr int kBwdBarrierBytes = 1024;
+
+FA_HD constexpr int bwd_num_threads(Arch arch, BwdTileConfig c) {
+  return c.num_warps * kWarpSize + (arch == Arch::kSm90 ? kWarpgroupSize : 0);
+}
+
+// fp32 registers of a computing thread: dK and dV always, and S with dP, or dQ once those are used.
+FA_HD constexpr int bwd_accum_regs(BwdTileConfig c, int head_dim) {
+  const int threads = c.num_warps * kWarpSize;
+  const int kept = 2 * c.tile_n * head_dim / threads;
+  return kept + max(2 * c.tile_m * c.tile_n, c.tile_m * head_dim) / threads;
+}
+
+// What every row must satisfy; `limit` bytes of shared memory.
+FA_HD constexpr bool fwd_config_fits(Arch arch, FwdTileConfig c, int head_dim) {
+  const bool sm90 = arch == Arch::kSm90;
+  const int rows_per_warp = 16;  // of mma.m16n8k16, and of a warp in wgmma.m64nNk16
+  const bool tiles = c.tile_m > 0 && c.tile_n % 16 == 0 && c.tile_n <= 256 &&
+                     (sm90 ? c.tile_m == rows_per_warp * c.num_warps
+                           : c.tile_m % (rows_per_warp * c.num_warps) == 0);
+  const int smem = fwd_smem_bytes(c, head_dim, head_dim) + (sm90 ? kFwdBarrierBytes : 0);
+  const int regs = fwd_accum_regs(c, head_dim) + (sm90 ? fwd_operand_regs(c, head_dim) : 0);
+  const int max_regs = sm90 ? warpgroup_registers(c.num_warps / 4).consumer - 32 : 200;
+  return tiles && smem <= max_smem_bytes(arch) && regs <= max_regs;
+}
+FA_HD constexpr bool bwd_config_fits(Arch arch, BwdTileConfig c, int head_dim) {
+  const bool sm90 = arch == Arch::kSm90;
+  const bool tiles = c.tile_m > 0 && c.tile_m % 16 == 0 && c.tile_n % 16 == 0;
+  const int smem = bwd_smem_bytes(c, head_dim) + (sm90 ? kBwdBarrierBytes : 0);
+  const int max_regs = sm90 ? warpgroup_registers(c.num_warps / 4).consumer - 16 : 200;
+  return tiles && smem <= max_smem_bytes(arch) && bwd_accum_regs(c, head_dim) <= max_regs;
+}
+FA_HD constexpr bool all_configs_fit(Arch arch, MaskKind mask) {
+  for (int head_dim = 1; head_dim <= kMaxHeadDim; ++head_dim) {
+    const int built = built_head_dim(head_dim);
+    if (!fwd_config_fits(arch, fwd_tile_config(arch, head_dim, mask), built) ||
+        !bwd_config_fits(arch, bwd_tile_config(arch, head_dim, mask), built))
+      return false;
+  }
+  return true;
+}
+// setmaxnreg moves registers inside the pool that the launch allocated.
+FA_HD constexpr bool warpgroup_registers_fit(int num_consumer_warpgroups) {
+  const WarpgroupRegisters regs = warpgroup_registers(num_consumer_warpgroups);
+  const int warpgroups = num_consumer_warpgroups + 1;
+  return regs.at_launch * warpgroups * kWarpgroupSize <= kRegistersPerSm &&
+         regs.producer % 8 == 0 && regs.consumer % 8 == 0 &&
+         (regs.producer + num_consumer_warpgroups * regs.consumer) * kWarpgroupSize <=
+             round_up(regs.at_launch, 8) * warpgroups * kWarpgroupSize;
+}
+
+static_assert(all_configs_fit(Arch::kSm80, MaskKind::kFull));
+static_assert(all_configs_fit(Arch::kSm80, MaskKind::kBordered));
+static_assert(all_configs_fit(Arch::kSm89, MaskKind::kFull));
+static_assert(all_configs_fit(Arch::kSm89, MaskKind::kBordered));
+static_assert(all_configs_fit(Arch::kSm90, MaskKind::kFull));
+static_assert(all_configs_fit(Arch::kSm90, MaskKind::kBordered));
+static_assert(fwd_config_fits(Arch::kSm90, sm90_fwd_hdim128_short_tile_config(), 128));
+static_assert(warpgroup_registers_fit(1) && warpgroup_registers_fit(2) &&
+              warpgroup_registers_fit(3) && warpgroup_registers_fit(4));
+
+}  // namespace fa

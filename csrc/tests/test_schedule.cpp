@@ -1,0 +1,280 @@
+// Splits, tile schedulers, sequence lengths and page tables by brute force.
+#include <algorithm>
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "core/fast_div.h"
+#include "core/page_table.h"
+#include "core/seqlen.h"
+#include "core/split.h"
+#include "core/tile_scheduler.h"
+#include "tests/check.h"
+
+using namespace fa;
+
+namespace {
+
+using Tile = std::tuple<int, int, int>;  // batch, head, m_block
+
+void test_split_range() {
+  for (int begin : {0, 3})
+    for (int size = 0; size < 40; ++size)
+      for (int num_splits = 1; num_splits <= 20; ++num_splits) {
+        int next = begin, largest = 0;
+        for (int split = 0; split < num_splits; ++split) {
+          const Range r = split_range({begin, begin + size}, split, num_splits);
+          CHECK(r.begin == next && r.end >= r.begin, "gap: size=%d splits=%d split=%d", size,
+                num_splits, split);
+          next = r.end;
+          largest = std::max(largest, r.size());
+        }
+        CHECK(next == begin + size, "not covered: size=%d splits=%d", size, num_splits);
+        CHECK(largest == ceil_div(size, num_splits), "unequal: size=%d splits=%d", size,
+              num_splits);
+      }
+}
+
+void test_split_blocks() {
+  for (int end = 0; end <= 9; ++end)
+    for (int full_begin = 0; full_begin <= end; ++full_begin)
+      for (int full_end = full_begin; full_end <= end; ++full_end)
+        for (int num_splits = 1; num_splits <= 5; ++num_splits)
+          for (int split = 0; split < num_splits; ++split) {
+            const BlockRange whole{0, end, full_begin, full_end};
+            const BlockRange part = split_blocks(whole, split, num_splits);
+            const Range expected = split_range({0, end}, split, num_splits);
+            CHECK(part.size() == expected.size(), "size end=%d split=%d", end, split);
+            CHECK(part.begin <= part.full_begin && part.full_begin <= part.full_end &&
+                      part.full_end <= part.end,
+                  "order end=%d split=%d", end, split);
+            for (int block = part.begin; block < part.end; ++block)
+              CHECK((part.full_begin <= block && block < part.full_end) ==
+                        (full_begin <= block && block < full_end),
+                    "full end=%d full=[%d,%d) split=%d/%d block=%d", end, full_begin, full_end,
+                    split, num_splits, block);
+          }
+}
+
+void test_choose_num_splits() {
+  for (int tiles : {0, 1, 2, 4, 7, 16, 48, 61, 86, 87, 88, 100, 107, 132, 1000})
+    for (int num_sms : {1, 5, 20, 108, 132})
+      for (int num_n_blocks = 0; num_n_blocks < 300; num_n_blocks += 3)
+        for (int max_splits : {1, 4, 128}) {
+          const int splits = choose_num_splits(tiles, num_sms, num_n_blocks, max_splits);
+          CHECK(1 <= splits && splits <= std::max(1, std::min(max_splits, num_n_blocks)),
+                "bounds: tiles=%d sms=%d blocks=%d", tiles, num_sms, num_n_blocks);
+          CHECK(5 * tiles < 4 * num_sms || splits == 1, "split a busy GPU: tiles=%d sms=%d", tiles,
+                num_sms);
+          for (int split = 0; split < splits && num_n_blocks > 0; ++split)
+            CHECK(split_range({0, num_n_blocks}, split, splits).size() > 0,
+                  "empty split: tiles=%d sms=%d blocks=%d", tiles, num_sms, num_n_blocks);
+        }
+  CHECK(choose_num_splits(int64_t{1} << 40, 132, 64, 128) == 1, "many tiles");
+}
+
+// Every tile once, and m_blocks in the order asked for.
+template <class Coord>
+void check_bijection(TileGrid grid, bool longest_first, Coord coord, const char* what) {
+  std::set<Tile> seen;
+  for (int64_t tile = 0; tile < grid.size(); ++tile) {
+    const TileCoord c = coord(tile);
+    CHECK(0 <= c.m_block && c.m_block < grid.num_m_blocks && 0 <= c.head &&
+              c.head < grid.num_heads && 0 <= c.batch && c.batch < grid.batch_size,
+          "%s outside: tile=%d", what, static_cast<int>(tile));
+    CHECK(seen.insert({c.batch, c.head, c.m_block}).second, "%s twice: tile=%d", what,
+          static_cast<int>(tile));
+    if (tile == 0)
+      CHECK(c.m_block == (longest_first ? grid.num_m_blocks - 1 : 0), "%s first tile", what);
+  }
+}
+
+void test_tile_coord() {
+  for (bool longest_first : {false, true})
+    for (int num_m_blocks : {1, 3, 8})
+      for (int num_heads : {1, 4, 5})
+        for (int batch_size : {1, 5}) {
+          const TileGrid grid{num_m_blocks, num_heads, batch_size};
+          const auto plain = [&](int64_t t) { return tile_coord(grid, t, longest_first); };
+          check_bijection(grid, longest_first, plain, "tile_coord");
+          for (int64_t t = 1; t < grid.size(); ++t) {
+            const int before = plain(t - 1).m_block, now = plain(t).m_block;
+            CHECK(longest_first ? now <= before : now >= before, "order: tile=%d",
+                  static_cast<int>(t));
+          }
+          for (int group_size : {1, 2, 3, 64}) {
+            const auto grouped = [&](int64_t t) {
+              return tile_coord_grouped(grid, t, longest_first, group_size);
+            };
+            check_bijection(grid, longest_first, grouped, "tile_coord_grouped");
+            // All m_blocks of a group of (head, batch) pairs come before the next group.
+            int last_group = 0;
+            for (int64_t t = 0; t < grid.size(); ++t) {
+              const TileCoord c = grouped(t);
+              const int group = (c.batch * num_heads + c.head) / group_size;
+              CHECK(group >= last_group, "group order: tile=%d", static_cast<int>(t));
+              last_group = group;
+            }
+          }
+        }
+}
+
+void test_l2_group_size() {
+  const int64_t mib = 1 << 20;
+  for (int heads_per_kv_head : {1, 4, 8})
+    for (int64_t kv_bytes : {mib / 4, mib, 5 * mib, 100 * mib}) {
+      const int group = l2_group_size(kv_bytes, heads_per_kv_head, 50 * mib);
+      const auto bytes = [&](int heads) {
+        return (heads + heads_per_kv_head - 1) / heads_per_kv_head * kv_bytes;
+      };
+      CHECK(group >= 1 && (group & (group - 1)) == 0, "power of two: %d", group);
+      CHECK(group == 1 || bytes(group) <= 50 * mib, "does not fit: %d", group);
+      CHECK(group == 1024 || bytes(2 * group) > 50 * mib, "could be larger: %d", group);
+    }
+}
+
+void test_varlen_tiles() {
+  const std::vector<std::vector<int>> cases = {
+      {},        {0},       {5},           {0, 0, 0},         {1, 0, 7, 16, 0, 33},
+      {0, 4, 8}, {3, 3, 3}, {64, 1, 0, 1}, {0, 0, 100, 0, 0}, {1, 1, 1, 1, 1, 1, 1, 1}};
+  for (const std::vector<int>& lengths : cases)
+    for (int tile_m : {1, 4, 16})
+      for (int num_heads : {1, 3}) {
+        std::vector<int> cu_seqlens{0};
+        for (int length : lengths) cu_seqlens.push_back(cu_seqlens.back() + length);
+        const int batch_size = static_cast<int>(lengths.size());
+        std::set<Tile> expected, seen;
+        for (int batch = 0; batch < batch_size; ++batch)
+          for (int m_block = 0; m_block < ceil_div(lengths[batch], tile_m); ++m_block)
+            for (int head = 0; head < num_heads; ++head) expected.insert({batch, head, m_block});
+        const int64_t tiles = varlen_num_tiles(cu_seqlens.back(), batch_size, tile_m, num_heads);
+        int64_t idle = 0;
+        int last_batch = 0, last_m_block = 1 << 30;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const TileCoord c =
+              varlen_tile_coord(cu_seqlens.data(), batch_size, tile_m, num_heads, tile);
+          if (c.m_block < 0) {
+            ++idle;
+            continue;
+          }
+          CHECK(seen.insert({c.batch, c.head, c.m_block}).second, "twice: tile=%d",
+                static_cast<int>(tile));
+          const bool ordered = c.batch > last_batch || c.m_block <= last_m_block;
+          CHECK(c.batch >= last_batch && ordered, "order: tile=%d", static_cast<int>(tile));
+          last_batch = c.batch;
+          last_m_block = c.m_block;
+        }
+        CHECK(seen == expected, "tile_m=%d heads=%d: %zu tiles, expected %zu", tile_m, num_heads,
+              seen.size(), expected.size());
+        CHECK(idle <= static_cast<int64_t>(batch_size) * num_heads, "idle");
+      }
+}
+
+void test_seqlen_info() {
+  const std::vector<int> lengths{3, 0, 7, 5};
+  std::vector<int> cu_seqlens{0}, used{2, 0, 9, -1}, leftpad{1, 0, 4, 9};
+  for (int length : lengths) cu_seqlens.push_back(cu_seqlens.back() + length);
+  for (bool varlen : {false, true})
+    for (bool with_used : {false, true})
+      for (bool with_leftpad : {false, true})
+        for (int batch = 0; batch < 4; ++batch) {
+          const SeqlenArgs args{varlen ? cu_seqlens.data() : nullptr,
+                                with_used ? used.data() : nullptr,
+                                with_leftpad ? leftpad.data() : nullptr, 6};
+          const SeqlenInfo info = seqlen_info(args, batch);
+          const int stored = varlen ? lengths[batch] : 6;
+          int end = stored;
+          if (with_used) end = std::max(0, std::min(used[batch], stored));
+          int begin = 0;
+          if (with_leftpad) begin = std::min(leftpad[batch], end);
+          CHECK(info.seqlen == end - begin && info.leftpad == begin, "batch=%d: %d", batch,
+                info.seqlen);
+          CHECK(info.first_row == (varlen ? cu_seqlens[batch] : 0) + begin, "first_row batch=%d",
+                batch);
+        }
+}
+
+void test_element_offsets_are_64_bit() {
+  CHECK(element_offset(int64_t{1} << 40, 1 << 20, 1 << 10, 7, int64_t{1} << 21, 5) ==
+            7 * (int64_t{1} << 40) + (int64_t{1} << 41) + 5 * 1024,
+        "element_offset");
+  CHECK(page_element_offset({1 << 20, 3}, 1 << 16, 1 << 10, 128, 2) ==
+            (int64_t{1} << 36) + 3 * 1024 + 256,
+        "page_element_offset");
+}
+
+// Tokens gathered through the table equal the tokens written; entries past the length are garbage
+// that must not be touched (the sanitizer sees a read past the pages).
+void test_page_table() {
+  for (int page_size : {1, 2, 3, 7, 16, 64})
+    for (int seqlen : {0, 1, 6, 7, 8, 50}) {
+      const int used_pages = num_pages_used(seqlen, page_size);
+      CHECK(used_pages * page_size >= seqlen && (used_pages - 1) * page_size < std::max(seqlen, 1),
+            "num_pages_used size=%d len=%d", page_size, seqlen);
+      std::vector<int> table(used_pages);
+      for (int i = 0; i < used_pages; ++i) table[i] = (used_pages - 1 - i) * 2 + 1;
+      std::vector<int> pool(2 * used_pages * page_size, -1);
+      for (int token = 0; token < seqlen; ++token)
+        pool[table[token / page_size] * page_size + token % page_size] = token;
+      for (int token = 0; token < seqlen; ++token) {
+        const PageSlot slot = page_slot(table.data(), page_size, token);
+        CHECK(slot.offset < page_size, "offset");
+        CHECK(pool[page_element_offset(slot, page_size, 1, 0, 0)] == token, "size=%d token=%d",
+              page_size, token);
+        const int run = tokens_left_in_page(token, page_size);
+        CHECK(run >= 1 && (token + run) % page_size == 0 && run <= page_size, "run");
+      }
+    }
+}
+
+// Every divisor up to 2^31 - 1 in steps, at the numbers around its multiples where rounding shows.
+void test_fast_div() {
+  std::vector<int> divisors, numbers;
+  for (int d = 1; d <= 4096; ++d) divisors.push_back(d);
+  for (int64_t power = 4096; power <= 1 << 30; power *= 2)
+    for (int64_t d : {power - 1, power, power + 1, power / 3 * 4 + 7})
+      if (d < 0x7FFFFFFF) divisors.push_back(static_cast<int>(d));
+  divisors.push_back(0x7FFFFFFF);
+  for (int d : divisors) {
+    const FastDiv fast(d);
+    const int64_t largest_multiple = 0x7FFFFFFF / d * int64_t{d};
+    for (int64_t n : {int64_t{0}, int64_t{1}, int64_t{d} - 1, int64_t{d}, int64_t{d} + 1,
+                      largest_multiple - 1, largest_multiple, int64_t{0x7FFFFFFF}}) {
+      if (n < 0 || n > 0x7FFFFFFF) continue;
+      const int i = static_cast<int>(n);
+      const QuotientRemainder qr = divide(i, fast);
+      CHECK(qr.quotient == i / d && qr.remainder == i % d, "%d / %d", i, d);
+    }
+  }
+}
+
+void test_integer_helpers() {
+  for (int a = 0; a < 70; ++a)
+    for (int b = 1; b < 20; ++b) {
+      const int up = round_up(a, b), down = round_down(a, b);
+      CHECK(up % b == 0 && up >= a && up - a < b && ceil_div(a, b) * b == up, "a=%d b=%d", a, b);
+      CHECK(down % b == 0 && down <= a && a - down < b, "a=%d b=%d", a, b);
+    }
+  for (int a = 1; a < 300; ++a) {
+    const int p = next_power_of_two(a);
+    CHECK((p & (p - 1)) == 0 && p >= a && p < 2 * a, "a=%d", a);
+  }
+  CHECK(clamp(5, 0, 3) == 3 && clamp(-5, 0, 3) == 0 && clamp(2, 0, 3) == 2, "clamp");
+}
+
+}  // namespace
+
+int main() {
+  test_integer_helpers();
+  test_fast_div();
+  test_split_range();
+  test_split_blocks();
+  test_choose_num_splits();
+  test_tile_coord();
+  test_l2_group_size();
+  test_varlen_tiles();
+  test_seqlen_info();
+  test_element_offsets_are_64_bit();
+  test_page_table();
+  return report();
+}

@@ -1,0 +1,1 @@
+"""Companions of attention that its users import from flash-attn: rotary embeddings."""

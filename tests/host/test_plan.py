@@ -1,0 +1,236 @@
+"""make_plan: every kernel can be reached, every refusal has a reason that says what, got, limit."""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ALL = ["sm80", "sm89", "sm90"]
+ROW_FAMILIES = ("combine", "bwd_preprocess", "rotary", "append_kv")
+ATTENTION = ("fwd", "bwd", "decode")
+DEVICES = {
+    "a100": (8, 0, 108, 163),
+    "rtx3090": (8, 6, 82, 99),
+    "rtx4090": (8, 9, 128, 99),
+    "l40s": (8, 9, 142, 99),
+    "h100": (9, 0, 132, 227),
+    "h200": (9, 0, 132, 227),
+    "b200": (10, 0, 148, 227),
+    "rtx5090": (12, 0, 170, 99),
+}
+REPRESENTATIVES = {
+    "sm80": "a100",
+    "sm86": "rtx3090",
+    "sm89": "rtx4090",
+    "sm90": "h100",
+    "sm100": "b200",
+    "sm120": "rtx5090",
+}
+SIZES = {"batch_size": 2, "seqlen_q": 100, "seqlen_k": 100, "num_heads_q": 4, "num_heads_kv": 4}
+
+
+def problem(family: str, **fields: Any) -> dict[str, Any]:
+    """A supported problem of a family, with some fields replaced."""
+    base = {"family": family, "dtype": "bf16", **SIZES}
+    if family == "combine":
+        base["num_splits"] = 4
+    if family == "rotary":
+        base["rotary_dim"] = 64
+    return {**base, **fields}
+
+
+def test_named_devices(introspect: ModuleType) -> None:
+    devices = introspect.devices()
+    for name, (major, minor, num_sms, smem) in DEVICES.items():
+        facts = devices[name]
+        assert (facts["sm_major"], facts["sm_minor"], facts["num_sms"]) == (major, minor, num_sms)
+        assert facts["max_smem_bytes"] == smem * 1024
+    for arch, name in REPRESENTATIVES.items():
+        assert devices[arch] == devices[name]
+    assert set(devices) == {*DEVICES, *REPRESENTATIVES}
+
+
+def test_every_instance_can_be_reached(introspect: ModuleType) -> None:
+    reached = set()
+    for device, family, dtype in itertools.product(
+        introspect.devices(), introspect.families(), introspect.dtypes()
+    ):
+        for head_dim in (64, 96, 128, 192, 256):
+            sizes = {"head_dim": head_dim, "head_dim_v": head_dim}
+            for built in (ALL, ["sm80"]):
+                plan = introspect.make_plan(problem(family, dtype=dtype, **sizes), device, built)
+                if plan["ok"]:
+                    reached.add(plan["kernel"])
+    names = [row["name"] for row in introspect.kernels()]
+    assert reached == set(names)
+    assert len(names) == len(set(names))
+    assert [row["id"] for row in introspect.kernels()] == list(range(len(names)))
+
+
+def test_instances_of_this_version(introspect: ModuleType) -> None:
+    rows = introspect.kernels()
+    expected = set(itertools.product(("sm80", "sm90"), ROW_FAMILIES, ("fp16", "bf16", "fp32")))
+    assert {(row["arch"], row["family"], row["dtype"]) for row in rows} == expected
+    assert all(row["head_dim"] == 0 for row in rows)
+
+
+@pytest.mark.parametrize("family", ROW_FAMILIES)
+@pytest.mark.parametrize("device", [*DEVICES])
+def test_library_of_each_device(introspect: ModuleType, device: str, family: str) -> None:
+    plan = introspect.make_plan(problem(family), device, ALL)
+    own = "sm90" if DEVICES[device][0] == 9 else "sm80"
+    assert plan["ok"]
+    assert (plan["arch"], plan["library"]) == (own, f"_{own}")
+    assert plan["kernel"] == f"{own}_{family}_bf16"
+    assert plan["num_threads"] % 32 == 0
+    assert plan["num_ctas"] > 0
+    assert plan["workspace_bytes"] == plan["smem_bytes"] == 0
+
+
+def test_older_library_stands_in(introspect: ModuleType) -> None:
+    plan = introspect.make_plan(problem("combine"), "h100", ["sm80"])
+    assert plan["kernel"] == "sm80_combine_bf16"
+    assert plan["reasons"] == ["sm90: its library is not present (present: sm80)"]
+
+
+def reasons(introspect: ModuleType, fields: dict[str, Any], device: Any = "sm80") -> list[str]:
+    plan = introspect.make_plan(fields, device, ALL)
+    assert not plan["ok"]
+    assert set(plan) == {"ok", "reasons"}
+    return plan["reasons"]
+
+
+HAS = "only combine, bwd_preprocess, rotary, append_kv"
+
+
+@pytest.mark.parametrize("family", ATTENTION)
+def test_attention_has_no_kernel(introspect: ModuleType, family: str) -> None:
+    sm80 = f"sm80: it has no {family} kernel, {HAS}"
+    assert reasons(introspect, problem(family), "a100") == [sm80]
+    sm90 = f"sm90: it has no {family} kernel, {HAS}"
+    assert reasons(introspect, problem(family), "h100") == [sm90, sm80]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (
+            problem("combine", dtype="fp64"),
+            "sm80: dtype=fp64: combine is built for fp16, bf16, fp32",
+        ),
+        (problem("combine", head_dim_v=264), "sm80: head_dim_v=264: combine takes at most 256"),
+        (problem("combine", num_splits=1025), "sm80: num_splits=1025: combine takes at most 1024"),
+        (
+            problem("bwd_preprocess", head_dim_v=257),
+            "sm80: head_dim_v=257: bwd_preprocess takes at most 256",
+        ),
+        (problem("rotary", head_dim=512), "sm80: head_dim=512: rotary takes at most 256"),
+        (problem("rotary", rotary_dim=7), "sm80: rotary_dim=7: rotary needs an even number"),
+        (
+            problem("rotary", head_dim=64, rotary_dim=66),
+            "sm80: rotary_dim=66: rotary takes at most head_dim=64",
+        ),
+        (
+            problem("append_kv", head_dim_v=300),
+            "sm80: head_dim_v=300: append_kv takes at most 256",
+        ),
+        (problem("append_kv", rotary_dim=5), "sm80: rotary_dim=5: append_kv needs an even number"),
+        (problem("fwd", head_dim=0), "head_dim=0: expected 1 to 1073741824"),
+        (problem("fwd", batch_size=-1), "batch_size=-1: expected 0 to 1073741824"),
+        (problem("fwd", page_size=-1), "page_size=-1: expected 0 to 1073741824"),
+        (
+            problem("fwd", num_heads_q=6),
+            "num_heads_q=6: expected a multiple of num_heads_kv=4",
+        ),
+    ],
+)
+def test_reasons(introspect: ModuleType, fields: dict[str, Any], expected: str) -> None:
+    assert reasons(introspect, fields) == [expected]
+
+
+def test_launch_limit(introspect: ModuleType) -> None:
+    huge = problem("bwd_preprocess", seqlen_q=2**30, batch_size=2**10, num_heads_q=2**8)
+    (reason,) = reasons(introspect, {**huge, "num_heads_kv": 2**8})
+    assert reason.startswith("sm80: num_ctas=")
+    assert reason.endswith("a launch has at most 2147483647")
+
+
+def test_old_gpu(introspect: ModuleType) -> None:
+    turing = {"sm_major": 7, "sm_minor": 5, "num_sms": 68, "max_smem_bytes": 65536}
+    assert reasons(introspect, problem("combine"), {**turing, "l2_bytes": 4 << 20}) == [
+        "sm90: its code runs on compute capability 9.x only, got 7.5",
+        "sm89: its code runs on compute capability 8.9 only, got 7.5",
+        "sm80: its code needs compute capability 8.0 or newer, got 7.5",
+    ]
+
+
+def test_no_library(introspect: ModuleType) -> None:
+    plan = introspect.make_plan(problem("rotary"), "a100", [])
+    assert plan["reasons"] == ["sm80: its library is not present (present: none)"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "vectorized"),
+    [
+        (problem("combine", head_dim_v=64), True),
+        (problem("combine", head_dim_v=66), False),
+        (problem("combine", head_dim_v=64, alignment_bytes=8), False),
+        (problem("bwd_preprocess", head_dim_v=72), True),
+        (problem("bwd_preprocess", head_dim_v=68), False),
+        (problem("bwd_preprocess", head_dim_v=68, dtype="fp32"), True),
+        (problem("rotary", head_dim=64, rotary_dim=32), True),
+        (problem("rotary", head_dim=64, rotary_dim=24), False),
+        (problem("rotary", head_dim=64, rotary_dim=24, dtype="fp32"), True),
+        (problem("append_kv", head_dim=64, head_dim_v=32), True),
+        (problem("append_kv", head_dim=64, head_dim_v=36), False),
+        (problem("append_kv", alignment_bytes=4), False),
+    ],
+)
+def test_vectors(introspect: ModuleType, fields: dict[str, Any], vectorized: bool) -> None:
+    plan = introspect.make_plan(fields, "h100", ALL)
+    assert plan["ok"]
+    assert plan["vectorized"] is vectorized
+
+
+def test_combine_grid_covers_all_rows(introspect: ModuleType) -> None:
+    for head_dim_v, alignment, batch, seqlen in itertools.product(
+        (1, 8, 64, 100, 256), (4, 16), (0, 1, 3), (0, 1, 65)
+    ):
+        fields = problem("combine", head_dim_v=head_dim_v, alignment_bytes=alignment)
+        plan = introspect.make_plan(
+            {**fields, "batch_size": batch, "seqlen_q": seqlen}, "h100", ALL
+        )
+        rows = batch * seqlen * SIZES["num_heads_q"]
+        assert plan["num_ctas"] == -(-rows // plan["tile"][0])
+        assert plan["tile"][1] == head_dim_v
+        assert plan["num_splits"] == 4
+
+
+def test_plans_ignore_flags_that_a_family_has_no_use_for(introspect: ModuleType) -> None:
+    flags = ("softcap", "alibi", "dropout", "deterministic")
+    plain = introspect.make_plan(problem("combine"), "h100", ALL)
+    flagged = problem("combine", **dict.fromkeys(flags, True), window_left=3, page_size=5)
+    assert introspect.make_plan(flagged, "h100", ALL) == plain
+
+
+@pytest.mark.parametrize(
+    ("fields", "device", "built", "message"),
+    [
+        ({"head_dims": 64}, "sm80", ALL, "unknown field 'head_dims'"),
+        ({"head_dim": 2**40}, "sm80", ALL, "expected an integer of 32 bits"),
+        ({"head_dim": "64"}, "sm80", ALL, "head_dim='64': expected an integer"),
+        ({"family": "forward"}, "sm80", ALL, "family='forward': expected one of fwd, bwd, decode"),
+        ({"dtype": "half"}, "sm80", ALL, "dtype='half': expected one of fp16, bf16, fp32, fp64"),
+        ({}, "voodoo2", ALL, "device='voodoo2': expected one of a100"),
+        ({}, {"sm_major": 8}, ALL, "field 'sm_minor' is missing"),
+        ({}, "sm80", ["sm70"], "arch='sm70': expected one of sm80, sm89, sm90"),
+    ],
+)
+def test_bad_questions(
+    introspect: ModuleType, fields: dict[str, Any], device: Any, built: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message.replace("'", ".")):
+        introspect.make_plan(fields, device, built)
