@@ -3,7 +3,7 @@
 ``python -I measured.py LOG_FOLDER VERBOSE COMPILER ARGS...`` runs the compiler. For a compilation
 (``-c ... -o X.o``) it writes beside the object
 
-    X.o.json    {"seconds", "cpu_seconds", "peak_mb", "source"}
+    X.o.json    {"seconds", "cpu_seconds", "peak_mb"}
 
 and, if the compiler printed anything, LOG_FOLDER/X.log with all of it, where ptxas.py finds the
 registers and spills. Output of a compilation that succeeds is shown only if it holds a warning or
@@ -22,15 +22,10 @@ import sys
 import time
 
 
-def _option(arguments: list[str], name: str) -> str:
-    return arguments[arguments.index(name) + 1] if name in arguments[:-1] else ""
-
-
 def run(log_folder: str, verbose: bool, command: list[str]) -> int:
     """Runs one compiler command; returns its exit status."""
-    target = _option(command, "-o")
-    source = _option(command, "-c")
-    if not (source and target.endswith(".o")):
+    target = command[command.index("-o") + 1] if "-o" in command[:-1] else ""
+    if "-c" not in command or not target.endswith(".o"):
         os.execvp(command[0], command)
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -50,7 +45,6 @@ def run(log_folder: str, verbose: bool, command: list[str]) -> int:
             "seconds": round(time.monotonic() - start, 2),
             "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
             "peak_mb": usage.ru_maxrss // 1024,  # Linux counts KiB
-            "source": source,
         }
         with open(target + ".json", "w") as file:
             json.dump(record, file)

@@ -102,7 +102,7 @@ def keep_mask(
         dim=-1,
     )  # [..., row block, column block, lane, word]
 
-    random_bytes = words.view(torch.uint8).unflatten(-1, (4, 8))[..., :4]  # little endian
+    random_bytes = words.view(torch.uint8).view(*words.shape, 8)[..., :4]  # little endian
     kept = random_bytes <= keep_threshold(dropout_p) - 1  # 256 is no uint8
     # lane = (row low, column pair), word = column / 8, byte of the word = (row / 8, column % 2).
     blocks = (len(row_blocks), len(col_blocks))
@@ -111,8 +111,5 @@ def keep_mask(
     kept = kept.permute(*range(batch_head.dim()), *(kept.dim() + i for i in order))
     kept = kept.reshape(*batch_head.shape, blocks[0] * _BLOCK_ROWS, blocks[1] * _BLOCK_COLS)
     first_row, first_col = row_begin * _BLOCK_ROWS, col_begin * _BLOCK_COLS
-    return kept[
-        ...,
-        rows.start - first_row : rows.stop - first_row,
-        cols.start - first_col : cols.stop - first_col,
-    ]
+    kept = kept[..., rows.start - first_row : rows.stop - first_row, :]
+    return kept[..., cols.start - first_col : cols.stop - first_col]

@@ -10,8 +10,8 @@ lengths seqlen_q and seqlen_k, group_size = num_heads_q / num_heads_kv:
     prob[i, j]  = exp(score[i, j] - lse[i])                    (0: not visible)
     out[i]      = sum over j of dropout(prob[i, j]) * v[j]
 
-with softcap(x) = softcap * tanh(x / softcap), causal = no key right of the diagonal, and head h of q
-reading head h // group_size of k and v. What lies past a length is never looked at.
+with softcap(x) = softcap * tanh(x / softcap), causal = no key right of the diagonal, and head h of
+q reading head h // group_size of k and v. What lies past a length is never looked at.
 """
 
 from __future__ import annotations
@@ -280,7 +280,7 @@ def rotary_reference(
 ) -> Tensor:
     """Rotary position embedding of the first rotary_dim elements of each head.
 
-    Pair i at position p is turned by the angle whose cosine and sine are cos[p, i] and sin[p, i].
+    Pair i at position p, read as a complex number, is multiplied by cos[p, i] + sin[p, i] * 1j.
 
     Args:
         x: [..., num_heads, head_dim].
@@ -293,19 +293,22 @@ def rotary_reference(
     Returns:
         fp64, shape of x.
     """
-    half = cos.shape[1]
-    result = x.double().clone()
-    turned = ((positions >= 0) & (positions < cos.shape[0])).nonzero(as_tuple=True)
-    row = positions[turned]
-    for pair in range(half):
-        first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + half)
-        c, s = cos[row, pair, None].double(), sin[row, pair, None].double()
-        if conjugate:
-            s = -s
-        a, b = x[turned][..., first].double(), x[turned][..., second].double()
-        result[(*turned, slice(None), first)] = a * c - b * s
-        result[(*turned, slice(None), second)] = b * c + a * s
-    return result
+    num_positions, half = cos.shape
+    turn = torch.complex(cos.double(), sin.double())
+    turn = torch.cat([turn.conj() if conjugate else turn, turn.new_ones(1, half)])
+    inside = (positions >= 0) & (positions < num_positions)
+    row = torch.where(inside, positions, num_positions)  # the last one turns by nothing
+
+    x = x.double()
+    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+    shape = (half, 2) if interleaved else (2, half)
+    pairs = rotated.reshape(*x.shape[:-1], *shape)
+    if not interleaved:
+        pairs = pairs.transpose(-1, -2)
+    pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn[row].unsqueeze(-2))
+    if not interleaved:
+        pairs = pairs.transpose(-1, -2)
+    return torch.cat([pairs.flatten(-2), rest], dim=-1)
 
 
 def combine_reference(out_partial: Tensor, lse_partial: Tensor) -> tuple[Tensor, Tensor]:
@@ -381,11 +384,11 @@ def kvcache_attention_reference(
     alibi_slopes: Tensor | None = None,
     upcast: bool = True,
 ) -> CacheResult:
-    """Append, rotate, attend, one sequence after the other; the meaning of `flash_attn_with_kvcache`.
+    """Append, rotate, attend, sequence by sequence; the meaning of `flash_attn_with_kvcache`.
 
     Args:
         q: [batch, seqlen_q, num_heads_q, head_dim], or [total_q, ...] with cu_seqlens_q.
-        k_cache: [caches, slots, num_heads_kv, head_dim], or [pages, page_size, ...] with page_table.
+        k_cache: [caches, slots, num_heads_kv, head_dim]; with page_table [pages, page_size, ...].
         v_cache: the same with head_dim_v.
         k: new keys [batch, seqlen_new, num_heads_kv, head_dim], or [total_new, ...].
         v: new values.

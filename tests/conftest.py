@@ -12,9 +12,14 @@ import torch
 from helpers import ALLOWED_SKIPS, devices, skip_is_allowed
 from hypothesis import settings
 
+from flash_attn_ext.backends import _sequences
+
 # Examples of a sweep are fresh in every run; a failing one prints the line that repeats it.
 settings.register_profile("flash_attn_ext", deadline=None, print_blob=True, database=None)
 settings.load_profile("flash_attn_ext")
+
+# Tests on a GPU use the tiled backend on purpose; those of the warning set this themselves.
+os.environ.setdefault("FLASH_ATTN_EXT_FALLBACK", "allow")
 
 BASE_SEED = int(os.environ.get("FLASH_ATTN_EXT_TEST_SEED", "0"))
 
@@ -74,14 +79,8 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[pytest.C
     return report
 
 
-# Tests on a GPU use the tiled backend on purpose; those of the warning set this themselves.
-os.environ.setdefault("FLASH_ATTN_EXT_FALLBACK", "allow")
-
-
 @pytest.fixture(params=["lengths_read", "lengths_on_device"])
 def length_reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of the tiled backend: reading lengths as on the CPU, and never, as on a GPU."""
     if request.param == "lengths_on_device":
-        from flash_attn_ext.backends import _sequences
-
         monkeypatch.setattr(_sequences, "lengths_are_readable", lambda device: False)

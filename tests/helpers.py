@@ -1,4 +1,4 @@
-"""Shared by all tests: devices, allowed skips, comparison with fp64, poisoned memory, random inputs.
+"""Shared by all tests: devices, allowed skips, comparison with fp64, poison, random inputs.
 
 A test that lacks something calls ``require(NEEDS_...)``. The reasons stand here, each with the
 condition under which it may be used; conftest.py fails every other skip, so that a machine which

@@ -11,8 +11,8 @@
 
 namespace fa {
 
-// cos and sin of the pairs of a unit at `position`; the identity outside the table. Interleaved, the
-// first half belongs to the first vector.
+// cos and sin of the pairs of a unit at `position`; the identity outside the table. Interleaved,
+// the first half belongs to the first vector.
 template <class T, int kVec>
 struct RotaryAngles {
   float cos[kVec], sin[kVec];

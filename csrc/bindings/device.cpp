@@ -36,8 +36,8 @@ enum CuDeviceAttribute : int {
 };
 
 DeviceFacts query_device(int device_index) {
-  const auto device_get = reinterpret_cast<CuResult (*)(CuDevice*, int)>(
-      find_symbol("libcuda.so.1", "cuDeviceGet"));
+  const auto device_get =
+      reinterpret_cast<CuResult (*)(CuDevice*, int)>(find_symbol("libcuda.so.1", "cuDeviceGet"));
   const auto get_attribute = reinterpret_cast<CuResult (*)(int*, int, CuDevice)>(
       find_symbol("libcuda.so.1", "cuDeviceGetAttribute"));
   CuDevice device = 0;
@@ -79,8 +79,8 @@ const Backend* load_backend(Arch arch) {
                   kFaGetBackendSymbol, "; install the package again");
   const Backend* backend = get_backend();
   STD_TORCH_CHECK(backend->abi_version == kKernelAbiVersion, "flash_attn_ext: ", path,
-                  " was built from other sources (kernel ABI ", backend->abi_version,
-                  ", expected ", kKernelAbiVersion, "); install the package again");
+                  " was built from other sources (kernel ABI ", backend->abi_version, ", expected ",
+                  kKernelAbiVersion, "); install the package again");
   return backend;
 }
 

@@ -30,7 +30,8 @@ void launch(const Backend& backend, int (*launch_function)(const Params&, void*)
             const Params& params, int device_index) {
   const torch::stable::accelerator::DeviceGuard guard(device_index);
   const int error = launch_function(params, current_stream(device_index));
-  STD_TORCH_CHECK(error == 0, "flash_attn_ext: kernel launch failed: ", backend.error_string(error));
+  STD_TORCH_CHECK(error == 0,
+                  "flash_attn_ext: kernel launch failed: ", backend.error_string(error));
 }
 
 }  // namespace fa

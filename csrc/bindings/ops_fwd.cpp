@@ -22,9 +22,9 @@ CombineShape combine_shape(const Tensor& out_partial, const Tensor& lse_partial)
   check_dtype("lse_partial", lse_partial, ScalarType::Float);
   FA_CHECK(lse_partial.dim() == rank - 1, "lse_partial: got ", lse_partial.dim(),
            " dimensions, expected ", rank - 1);
-  FA_CHECK(lse_partial.is_cuda() &&
-               lse_partial.get_device_index() == out_partial.get_device_index(),
-           "lse_partial: got another device than out_partial");
+  FA_CHECK(
+      lse_partial.is_cuda() && lse_partial.get_device_index() == out_partial.get_device_index(),
+      "lse_partial: got another device than out_partial");
   for (int64_t i = 0; i + 1 < rank; ++i)
     check_size("lse_partial", lse_partial, i, out_partial.size(i));
   const bool varlen = rank == 4;
@@ -57,8 +57,8 @@ Tensor launch_combine(const PlannedKernel& kernel, const CombineShape& shape,
                       const Tensor& out_partial, const Tensor& lse_partial, const Tensor& out) {
   // lse: the shape of one split of lse_partial.
   std::array<int64_t, 3> lse_size{shape.batch_size, shape.seqlen, shape.num_heads};
-  Tensor lse = torch::stable::new_empty(
-      lse_partial, {lse_size.data() + (shape.varlen ? 1 : 0), shape.varlen ? size_t{2} : size_t{3}});
+  Tensor lse = torch::stable::new_empty(lse_partial, {lse_size.data() + (shape.varlen ? 1 : 0),
+                                                      shape.varlen ? size_t{2} : size_t{3}});
   if (lse.numel() == 0) return lse;
 
   const int b = shape.varlen ? 0 : 1;  // dimensions before the token, beside the splits

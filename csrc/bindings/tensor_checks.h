@@ -53,13 +53,16 @@ inline int to_int(const char* name, int64_t value) {
 }
 
 // A vector of int32 per sequence: cu_seqlens (batch_size + 1), cache_seqlens, offsets (batch_size).
+inline const int* int32_vector(const char* name, const Tensor& t, const Tensor& like,
+                               int64_t size) {
+  check_tensor(name, t, like, 1);
+  check_dtype(name, t, ScalarType::Int);
+  check_size(name, t, 0, size);
+  return static_cast<const int*>(t.data_ptr());
+}
 inline const int* int32_vector(const char* name, const OptionalTensor& t, const Tensor& like,
                                int64_t size) {
-  if (!t) return nullptr;
-  check_tensor(name, *t, like, 1);
-  check_dtype(name, *t, ScalarType::Int);
-  check_size(name, *t, 0, size);
-  return static_cast<const int*>(t->data_ptr());
+  return t ? int32_vector(name, *t, like, size) : nullptr;
 }
 
 // Strides of [batch, token, head, dim], or of varlen [token, head, dim].

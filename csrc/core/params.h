@@ -1,8 +1,8 @@
 // Arguments of every kernel family: plain structs, filled by bindings/, read by kernels/.
 //
-// Rules: every pointer states shape, order, unit and whether it may be null; strides are in elements
-// and 64-bit; the last dimension is always contiguous and has no stride. They cross the boundary
-// between the binder and a kernel library, so a change here raises kKernelAbiVersion.
+// Rules: every pointer states shape, order, unit and whether it may be null; strides are in
+// elements and 64-bit; the last dimension is always contiguous and has no stride. They cross the
+// boundary between the binder and a kernel library, so a change here raises kKernelAbiVersion.
 #pragma once
 #include <cstdint>
 

@@ -13,14 +13,13 @@ constexpr int kMaxCombineSplits = 1024;  // every lane walks all splits of its r
 constexpr int kVectorBytes = 16;         // the widest load or store of a thread
 
 constexpr int kCombineThreads = 128;
-constexpr int kCombineCtasPerSm = 8;  // 64 registers a thread
-constexpr int kCombineUnroll = 4;     // splits that a thread loads together
 constexpr int kBwdPreprocessThreads = 256;
+constexpr int kBwdPreprocessCtasPerSm = 3;  // 80 registers a thread; left alone, ptxas spills at 64
 constexpr int kBwdPreprocessRowsPerGroup = 4;  // 8 loads of 16 bytes in flight per lane
 constexpr int kRotaryThreads = 128;
 constexpr int kAppendKvThreads = 128;
-// rotary and append_kv: 96 registers a thread. 80 would spill; larger CTAs would leave fewer threads
-// on an SM, and with them fewer loads in flight.
+// rotary and append_kv: 96 registers a thread. 80 would spill; larger CTAs would leave fewer
+// threads on an SM, and with them fewer loads in flight.
 constexpr int kUnitCtasPerSm = 5;
 
 // Partial results are fp32: 4 of them are 16 bytes.
@@ -30,16 +29,25 @@ FA_HD constexpr int elements_per_vector(DType dtype) {
   return kVectorBytes / dtype_bytes(dtype);
 }
 
+// What a thread of combine loads together. Two splits are common (a cascade, a ring step) and have
+// few bytes to a row: several rows at once gain 5 to 10 %.
+struct CombineUnroll {
+  int rows, splits;
+  int ctas_per_sm;  // what the registers for it allow
+};
+FA_HD constexpr CombineUnroll combine_unroll(int num_splits) {
+  return num_splits <= 2 ? CombineUnroll{3, 2, 4} : CombineUnroll{1, 4, 8};
+}
 // Threads that share a row of combine; they exchange nothing.
 FA_HD constexpr int combine_lanes_per_row(int head_dim_v, int vec) {
   return min(max(1, ceil_div(head_dim_v, vec)), kCombineThreads);
 }
-FA_HD constexpr int combine_rows_per_cta(int head_dim_v, int vec) {
-  return kCombineThreads / combine_lanes_per_row(head_dim_v, vec);
+FA_HD constexpr int combine_rows_per_cta(int head_dim_v, int vec, int num_splits) {
+  return kCombineThreads / combine_lanes_per_row(head_dim_v, vec) * combine_unroll(num_splits).rows;
 }
 
-// Lanes that sum up a row of bwd_preprocess together: a power of two, at most a warp. Preferably one
-// that divides the row's vectors, so that none idles (96 fp32: 8 lanes, 3 steps of 128 bytes).
+// Lanes that sum up a row of bwd_preprocess together: a power of two, at most a warp. Preferably
+// one that divides the row's vectors, so that none idles (96 fp32: 8 lanes, 3 steps of 128 bytes).
 FA_HD constexpr int bwd_preprocess_lanes_per_row(int head_dim_v, int vec) {
   const int vectors = max(1, ceil_div(head_dim_v, vec));
   const int divisor = vectors & -vectors;  // largest power of two that divides
@@ -51,10 +59,10 @@ FA_HD constexpr int bwd_preprocess_rows_per_cta(int head_dim_v, int vec) {
 }
 
 // What one thread of rotary and append_kv moves of a row is a unit: two vectors of `vec` elements.
-// The rotated part is cut into halves, so is the part behind it; a unit takes the same vector of both
-// halves, so that neighbouring threads touch neighbouring bytes. Not interleaved, the second vector
-// holds the partners of the first; interleaved, each holds whole pairs. The part behind may have an
-// odd number of vectors; then its last unit has one. The thread moves the same unit of
+// The rotated part is cut into halves, so is the part behind it; a unit takes the same vector of
+// both halves, so that neighbouring threads touch neighbouring bytes. Not interleaved, the second
+// vector holds the partners of the first; interleaved, each holds whole pairs. The part behind may
+// have an odd number of vectors; then its last unit has one. The thread moves the same unit of
 // kHeadsPerThread heads, which all turn by the same angles.
 constexpr int kHeadsPerThread = 4;  // 8 loads of 16 bytes in flight
 
@@ -65,7 +73,8 @@ FA_HD constexpr int row_units(int head_dim, int rotary_dim, int vec) {
   return rotated_units(rotary_dim, vec) + ceil_div(head_dim - rotary_dim, 2 * vec);
 }
 
-// Where unit `unit` of a row lies. vec divides head_dim, 2 vec divides rotary_dim; vec is even or 1.
+// Where unit `unit` of a row lies. vec divides head_dim, 2 vec divides rotary_dim; vec is even
+// or 1.
 struct UnitColumns {
   int first, second;  // first element of each vector
   bool has_second;
@@ -89,7 +98,8 @@ FA_HD constexpr int units_per_token(int num_heads, int units_per_row) {
 }
 
 static_assert(combine_lanes_per_row(96, 4) == 24 && combine_lanes_per_row(256, 1) == 128);
-static_assert(bwd_preprocess_lanes_per_row(128, 8) == 16 && bwd_preprocess_lanes_per_row(96, 4) == 8);
+static_assert(bwd_preprocess_lanes_per_row(128, 8) == 16 &&
+              bwd_preprocess_lanes_per_row(96, 4) == 8);
 static_assert(bwd_preprocess_lanes_per_row(80, 8) == 16 && bwd_preprocess_lanes_per_row(1, 8) == 1);
 static_assert(row_units(128, 64, 8) == 4 + 4 && row_units(72, 64, 8) == 4 + 1);
 static_assert(unit_columns(128, 64, false, 8, 1).second == 8 + 32);

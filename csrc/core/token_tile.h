@@ -15,9 +15,11 @@ struct TokenTile {
   int64_t first_row;  // row of the sequence's token 0 (varlen), 0 for fixed length
 };
 
-// Tokens of a tile: as many as num_threads move in one step, at least one.
-FA_HD constexpr int tokens_per_tile(int units_per_token, int num_threads) {
-  return max(1, num_threads / max(1, units_per_token));
+// Tokens of a tile: as many as num_threads move in one step, at least one. Varlen, in a few steps,
+// because a CTA first searches its sequence in cu_seqlens.
+constexpr int kVarlenSteps = 4;
+FA_HD constexpr int tokens_per_tile(int units_per_token, int num_threads, bool varlen) {
+  return max(1, (varlen ? kVarlenSteps : 1) * num_threads / max(1, units_per_token));
 }
 
 // Tiles of a launch. seqlen: of each sequence; varlen: of all together.

@@ -16,8 +16,8 @@ constexpr int kMaxExtent = 1 << 30;  // of one dimension: positions and differen
 constexpr int kMaxHeads = 1 << 20;   // times the units of a row still inside int
 constexpr int64_t kMaxRows = int64_t{1} << 48;  // heads of all tokens: beyond any memory, and
                                                 // times 2 * kMaxRowHeadDim still inside int64_t
-constexpr int64_t kMaxCombineRows = std::numeric_limits<int>::max();  // of combine: its row index is int
-constexpr int64_t kMaxCtas = std::numeric_limits<int>::max();  // gridDim.x
+constexpr int64_t kMaxCombineRows = std::numeric_limits<int>::max();  // its row index is int
+constexpr int64_t kMaxCtas = std::numeric_limits<int>::max();         // gridDim.x
 
 // "what=got: limit".
 std::string refusal(const std::string& what, int64_t got, const std::string& limit) {
@@ -151,7 +151,7 @@ Plan row_kernel_plan(const Problem& p) {
   switch (p.family) {
     case Family::kCombine:
       plan.num_threads = kCombineThreads;
-      plan.tile_m = combine_rows_per_cta(p.head_dim_v, vec);
+      plan.tile_m = combine_rows_per_cta(p.head_dim_v, vec, p.num_splits);
       plan.tile_n = p.head_dim_v;
       plan.num_splits = p.num_splits;
       plan.num_ctas = ceil_div<int64_t>(heads * p.batch_size * p.seqlen_q, plan.tile_m);
@@ -169,7 +169,7 @@ Plan row_kernel_plan(const Problem& p) {
       const int num_heads = append ? p.num_heads_kv : p.num_heads_q;
       const int seqlen = append ? p.seqlen_k : p.seqlen_q;
       plan.num_threads = append ? kAppendKvThreads : kRotaryThreads;
-      plan.tile_m = tokens_per_tile(units_per_token(num_heads, units), plan.num_threads);
+      plan.tile_m = tokens_per_tile(units_per_token(num_heads, units), plan.num_threads, p.varlen);
       plan.tile_n = p.head_dim + (append ? p.head_dim_v : 0);
       plan.num_ctas = num_token_tiles(p.varlen, p.batch_size, seqlen, plan.tile_m);
       break;

@@ -75,22 +75,28 @@ void test_useless_windows_are_removed() {
   CHECK(mask_spec(1, 100, -1, 0).window_right == kUnbounded, "one query");
 }
 
-// `visited` blocks of a tile against the pairs themselves. kept(i): number of kept pairs in block
-// i; all(i): whether a maskless step would be right there.
+// A range under test: the blocks that tile `block` of one side visits on the other side.
+struct RangeCase {
+  const char* what;
+  Shape shape;
+  int tile_m, tile_n, block;
+};
+
+// kept(i): number of kept pairs in block i; all(i): whether a maskless step would be right there.
 template <class Kept, class All>
-void check_blocks(BlockRange r, int num_blocks, Kept kept, All all, const char* what, Shape s,
-                  int tile_m, int tile_n, int block) {
+void check_blocks(const RangeCase& c, BlockRange r, int num_blocks, Kept kept, All all) {
   CHECK(0 <= r.begin && r.begin <= r.end && r.end <= num_blocks && r.begin <= r.full_begin &&
             r.full_begin <= r.full_end && r.full_end <= r.end,
-        "%s order: %d %d %d %d", what, r.begin, r.end, r.full_begin, r.full_end);
+        "%s order: %d %d %d %d", c.what, r.begin, r.end, r.full_begin, r.full_end);
   for (int i = 0; i < num_blocks; ++i) {
     const bool visited = r.begin <= i && i < r.end;
     const bool full = r.full_begin <= i && i < r.full_end;
     const char* text = "%s: sq=%d sk=%d left=%d right=%d tile=%dx%d of=%d block=%d";
-    CHECK(visited == (kept(i) > 0), text, what, s.seqlen_q, s.seqlen_k, s.window_left,
-          s.window_right, tile_m, tile_n, block, i);
-    CHECK(full == (visited && all(i)), text, what, s.seqlen_q, s.seqlen_k, s.window_left,
-          s.window_right, tile_m, tile_n, block, i);
+    const Shape& s = c.shape;
+    CHECK(visited == (kept(i) > 0), text, c.what, s.seqlen_q, s.seqlen_k, s.window_left,
+          s.window_right, c.tile_m, c.tile_n, c.block, i);
+    CHECK(full == (visited && all(i)), text, c.what, s.seqlen_q, s.seqlen_k, s.window_left,
+          s.window_right, c.tile_m, c.tile_n, c.block, i);
   }
 }
 
@@ -116,17 +122,17 @@ void test_block_ranges() {
         for (int m_block = 0; m_block <= num_m_blocks; ++m_block) {
           const int rows = std::clamp(s.seqlen_q - m_block * tile_m, 0, tile_m);
           check_blocks(
+              {"n_block_range", s, tile_m, tile_n, m_block},
               n_block_range(m, m_block, tile_m, tile_n), num_n_blocks,
               [&](int n_block) { return kept(m_block, n_block); },
-              [&](int n_block) { return kept(m_block, n_block) == rows * tile_n; }, "n_block_range",
-              s, tile_m, tile_n, m_block);
+              [&](int n_block) { return kept(m_block, n_block) == rows * tile_n; });
         }
         for (int n_block = 0; n_block <= num_n_blocks; ++n_block)
           check_blocks(
+              {"m_block_range", s, tile_m, tile_n, n_block},
               m_block_range(m, n_block, tile_m, tile_n), num_m_blocks,
               [&](int m_block) { return kept(m_block, n_block); },
-              [&](int m_block) { return kept(m_block, n_block) == tile_m * tile_n; },
-              "m_block_range", s, tile_m, tile_n, n_block);
+              [&](int m_block) { return kept(m_block, n_block) == tile_m * tile_n; });
       }
   });
 }

@@ -20,8 +20,13 @@ void test_lanes_of_row_kernels() {
       CHECK(1 <= lanes && lanes <= kCombineThreads, "head_dim=%d", head_dim);
       CHECK(lanes == kCombineThreads || lanes * vec >= head_dim, "head_dim=%d", head_dim);
       CHECK((lanes - 1) * vec < head_dim, "idle lanes: head_dim=%d", head_dim);
-      const int rows = combine_rows_per_cta(head_dim, vec);
-      CHECK(rows >= 1 && rows * lanes <= kCombineThreads, "head_dim=%d rows=%d", head_dim, rows);
+      for (const int splits : {1, 2, 3, kMaxCombineSplits}) {
+        const int rows = combine_rows_per_cta(head_dim, vec, splits);
+        const int rows_at_once = combine_unroll(splits).rows;
+        CHECK(rows >= rows_at_once && rows % rows_at_once == 0, "splits=%d rows=%d", splits, rows);
+        CHECK(rows / rows_at_once * lanes <= kCombineThreads, "head_dim=%d rows=%d", head_dim,
+              rows);
+      }
       const int sum_lanes = bwd_preprocess_lanes_per_row(head_dim, vec);
       CHECK(kWarpSize % sum_lanes == 0, "head_dim=%d lanes=%d", head_dim, sum_lanes);
       CHECK(sum_lanes == 1 || sum_lanes / 2 * vec < head_dim, "idle lanes: head_dim=%d", head_dim);
@@ -91,9 +96,13 @@ void test_token_tiles() {
         CHECK(seen == expected, "varlen=%d tile_tokens=%d", varlen, tile_tokens);
       }
   for (int units = 0; units < 3000; ++units) {
-    const int tokens = tokens_per_tile(units, 256);
-    CHECK(tokens >= 1 && (tokens == 1 || tokens * units <= 256), "too many: units=%d", units);
-    CHECK(units == 0 || (tokens + 1) * units > 256, "threads idle: units=%d", units);
+    for (const bool varlen : {false, true}) {
+      const int steps = varlen ? kVarlenSteps : 1;
+      const int tokens = tokens_per_tile(units, 256, varlen);
+      CHECK(tokens >= 1 && (tokens == 1 || tokens * units <= steps * 256), "too many: units=%d",
+            units);
+      CHECK(units == 0 || (tokens + 1) * units > steps * 256, "threads idle: units=%d", units);
+    }
   }
 }
 

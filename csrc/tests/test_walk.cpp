@@ -3,8 +3,8 @@
 //
 // Every key and value that no visited block contains is NaN, as are the rows of pages beyond the
 // sequence and the pages of nobody: a range that is too wide, a mask that is forgotten or a wrong
-// page turns the output to NaN; a range that is too narrow changes its value. The backward walks
-// m_blocks per n_block in the same way and is compared with the gradient of the plain formula.
+// page turns the output to NaN; a range that is too narrow changes its value. The backward visits
+// the m_blocks of each n_block and is compared with the gradient of the plain formula.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -182,45 +182,62 @@ void check_forward(const Case& c, const Floats& q, const Floats& k, const Floats
   }
 }
 
-// dV = P^T dO and dK = dS^T Q of one n_block after another; every row of Q, dO outside the visited
-// m_blocks is NaN. Dropout is left out here.
-void check_backward(const Case& c, const Floats& q, const Floats& k, const Floats& v,
-                    const Floats& dout, const Forward& f) {
-  const int sq = c.mask.seqlen_q, sk = c.mask.seqlen_k;
-  Doubles delta(sq, 0.);
-  for (int i = 0; i < sq; ++i)
-    for (int d = 0; d < kDim; ++d) delta[i] += dout[i * kDim + d] * f.out[i * kDim + d];
-  const auto ds = [&](int i, int j, double p) {
-    return p * (dot(&dout[i * kDim], &v[j * kDim]) - delta[i]) * c.softmax_scale;
-  };
-  for (int n_block = 0; n_block < ceil_div(sk, c.tile_n); ++n_block) {
-    const BlockRange blocks = m_block_range(c.mask, n_block, c.tile_m, c.tile_n);
-    for (int j = n_block * c.tile_n; j < std::min(sk, (n_block + 1) * c.tile_n); ++j) {
-      double dv[kDim] = {}, dk[kDim] = {}, dv_expected[kDim] = {}, dk_expected[kDim] = {};
-      for (int m_block = blocks.begin; m_block < blocks.end; ++m_block) {
-        const bool masked = m_block < blocks.full_begin || m_block >= blocks.full_end;
-        for (int i = m_block * c.tile_m; i < (m_block + 1) * c.tile_m; ++i) {
-          const bool kept = !masked || (i < sq && is_kept(c.mask, i, j));
-          if (!kept) continue;
-          CHECK(i < sq, "a maskless step past the last row: sq=%d i=%d", sq, i);
-          if (i >= sq) continue;
-          const double p = std::exp(c.softmax_scale * dot(&q[i * kDim], &k[j * kDim]) - f.lse[i]);
-          for (int d = 0; d < kDim; ++d) {
-            dv[d] += p * dout[i * kDim + d];
-            dk[d] += ds(i, j, p) * q[i * kDim + d];
-          }
-        }
-      }
-      for (int i = 0; i < sq; ++i)
-        for (int d = 0; d < kDim; ++d) {
-          dv_expected[d] += f.weight[i * sk + j] * dout[i * kDim + d];
-          dk_expected[d] += ds(i, j, f.weight[i * sk + j]) * q[i * kDim + d];
-        }
-      for (int d = 0; d < kDim; ++d)
-        CHECK(std::fabs(dv[d] - dv_expected[d]) < 1e-9 && std::fabs(dk[d] - dk_expected[d]) < 1e-9,
-              "backward sq=%d sk=%d left=%d right=%d tile=%dx%d key=%d", sq, sk, c.mask.window_left,
-              c.mask.window_right, c.tile_m, c.tile_n, j);
+struct KeyGradient {
+  double dk[kDim] = {}, dv[kDim] = {};
+};
+
+struct Backward {
+  const Case& c;
+  const Floats &q, &k, &v, &dout;
+  const Forward& forward;
+  Doubles delta;  // [seqlen_q], rowsum(dout * out)
+
+  // Adds what query i, whose probability for key j is p, gives to the gradients of key j.
+  void add(int i, int j, double p, KeyGradient& gradient) const {
+    const double ds = p * (dot(&dout[i * kDim], &v[j * kDim]) - delta[i]) * c.softmax_scale;
+    for (int d = 0; d < kDim; ++d) {
+      gradient.dv[d] += p * dout[i * kDim + d];
+      gradient.dk[d] += ds * q[i * kDim + d];
     }
+  }
+
+  // Key j by the m_blocks of its n_block, as the kernels go: the mask only where the range says so.
+  KeyGradient walk(BlockRange blocks, int j) const {
+    KeyGradient gradient;
+    for (int i = blocks.begin * c.tile_m; i < blocks.end * c.tile_m; ++i) {
+      const int m_block = i / c.tile_m;
+      const bool masked = m_block < blocks.full_begin || m_block >= blocks.full_end;
+      const bool inside = i < c.mask.seqlen_q;
+      CHECK(masked || inside, "a maskless step past the last row: i=%d", i);
+      if (!inside || (masked && !is_kept(c.mask, i, j))) continue;
+      const double score = c.softmax_scale * dot(&q[i * kDim], &k[j * kDim]);
+      add(i, j, std::exp(score - forward.lse[i]), gradient);
+    }
+    return gradient;
+  }
+
+  KeyGradient plain(int j) const {
+    KeyGradient gradient;
+    for (int i = 0; i < c.mask.seqlen_q; ++i)
+      add(i, j, forward.weight[i * c.mask.seqlen_k + j], gradient);
+    return gradient;
+  }
+};
+
+// dV = P^T dO and dK = dS^T Q of every key. Dropout is left out here.
+void check_backward(const Case& c, const Floats& q, const Floats& k, const Floats& v,
+                    const Floats& dout, const Forward& forward) {
+  Backward backward{c, q, k, v, dout, forward, Doubles(c.mask.seqlen_q, 0.)};
+  for (int i = 0; i < c.mask.seqlen_q * kDim; ++i)
+    backward.delta[i / kDim] += dout[i] * forward.out[i];
+  for (int j = 0; j < c.mask.seqlen_k; ++j) {
+    const BlockRange blocks = m_block_range(c.mask, j / c.tile_n, c.tile_m, c.tile_n);
+    const KeyGradient got = backward.walk(blocks, j), expected = backward.plain(j);
+    for (int d = 0; d < kDim; ++d)
+      CHECK(std::fabs(got.dv[d] - expected.dv[d]) < 1e-9 &&
+                std::fabs(got.dk[d] - expected.dk[d]) < 1e-9,
+            "backward sq=%d sk=%d left=%d right=%d tile=%dx%d key=%d", c.mask.seqlen_q,
+            c.mask.seqlen_k, c.mask.window_left, c.mask.window_right, c.tile_m, c.tile_n, j);
   }
 }
 

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from .._philox import keep_mask, keep_threshold
 
-# Elements of one score tile, all heads and sequences together. Measured on 2 to 8 cores: smaller
-# tiles pay for PyTorch's calls, larger ones leave the caches.
+# Elements of one score tile, all heads and sequences together. 2 MB in fp32: smaller tiles pay
+# for PyTorch's calls, larger ones leave the caches (2^18 to 2^20 are equal within the noise on an
+# AMD EPYC with 1 MB of L2 cache per core; 2^17 and 2^22 are slower).
 _TILE_ELEMENTS = 1 << 19
+# A GPU has more to keep busy: 64 MB per tile make its memory the limit, not the launches.
+_GPU_TILE_FACTOR = 32
 _MAX_TILE_M, _MIN_TILE_M = 512, 64
 _MAX_TILE_N, _MIN_TILE_N = 4096, 128
 
@@ -95,10 +98,11 @@ class Problem:
     def tile_sizes(self) -> tuple[int, int]:
         """Query positions and key positions of a tile."""
         heads = max(1, len(self.batch) * self.num_heads_q)
+        elements = _TILE_ELEMENTS * (1 if self.device.type == "cpu" else _GPU_TILE_FACTOR)
         tile_m = max(1, min(self.lengths_q.max, _MAX_TILE_M))
-        while tile_m > _MIN_TILE_M and heads * tile_m * tile_m > _TILE_ELEMENTS:
+        while tile_m > _MIN_TILE_M and heads * tile_m * tile_m > elements:
             tile_m = (tile_m + 1) // 2
-        tile_n = _TILE_ELEMENTS // (heads * tile_m) // _MIN_TILE_N * _MIN_TILE_N
+        tile_n = elements // (heads * tile_m) // _MIN_TILE_N * _MIN_TILE_N
         return tile_m, min(max(tile_n, _MIN_TILE_N), _MAX_TILE_N)
 
     def query_tiles(self, keys: range | None = None) -> Iterator[range]:
@@ -154,7 +158,7 @@ class Problem:
         return (i < self.lengths_q.column()) & (j < self.lengths_k.column())
 
     def alibi_bias(self, queries: range, keys: range) -> Tensor | None:
-        """What ALiBi adds to the scores, [1 | batch, heads_kv, group, rows, cols]; None: nothing."""
+        """What ALiBi adds to the scores, [1 | batch, heads_kv, group, rows, cols]; None: 0."""
         slopes = self.options.alibi_slopes
         if slopes is None:
             return None
@@ -173,4 +177,5 @@ class Problem:
         kept = keep_mask(
             rng_state, batch[:, None], head, queries, keys, self.num_heads_q, self.options.dropout_p
         )
-        return kept.unflatten(1, (self.num_heads_kv, self.group_size))
+        shape = (len(self.batch), self.num_heads_kv, self.group_size, *kept.shape[2:])
+        return kept.view(shape)

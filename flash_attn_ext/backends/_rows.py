@@ -17,7 +17,7 @@ class DenseRows:
     """Rows of a tensor [batch, seqlen, heads, dim], any strides."""
 
     def __init__(self, x: Tensor, lengths: Tensor | None = None, min_length: int = 0) -> None:
-        """Args as follows.
+        """Remembers where the rows are.
 
         Args:
             x: the tensor.
@@ -57,7 +57,7 @@ class GatherRows:
     """Rows of a tensor [n0, n1, heads, dim] at computed indices; no length is read on the host."""
 
     def __init__(self, x: Tensor, locate: Locate, lengths: Tensor) -> None:
-        """Args as follows.
+        """Remembers where the rows are.
 
         Args:
             x: the tensor.
@@ -95,7 +95,7 @@ class PackedResult(GatherRows):
     """
 
     def __init__(self, x: Tensor, starts: Tensor, lengths: Tensor) -> None:
-        """Args as follows.
+        """Remembers where the rows are.
 
         Args:
             x: the result; what it holds stays in the rows that are not written.

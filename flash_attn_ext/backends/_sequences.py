@@ -181,7 +181,7 @@ def cache_indices(
         page_size: slots per page.
 
     Returns:
-        Two int64 [batch, n]. Slots whose row or page is outside the tables have a first index of -1.
+        Two int64 [batch, n]; the first is -1 for slots whose row or page is outside the tables.
     """
     batch_size = slots.shape[0]
     rows = torch.arange(batch_size, device=slots.device) if cache_rows is None else cache_rows
@@ -265,7 +265,7 @@ def problems(
     q: Tensor,
     num_heads_kv: int,
     batch_size: int,
-    sides: tuple[FixedSide, FixedSide | CacheSide] | tuple[PackedSide, PackedSide | CacheSide],
+    sides: tuple[FixedSide | PackedSide, FixedSide | PackedSide | CacheSide],
     options: Options,
 ) -> Iterator[Part]:
     """Sets of sequences that are computed together, with the sides that find their rows.
@@ -280,8 +280,11 @@ def problems(
     if batch_size == 0:
         return
     side_q, side_k = sides
-    by_sequence = isinstance(side_q, PackedSide) and lengths_are_readable(q.device)
-    if by_sequence:
+    if (
+        isinstance(side_q, PackedSide)
+        and not isinstance(side_k, FixedSide)
+        and lengths_are_readable(q.device)
+    ):
         for sequence in range(batch_size):
             one_q, one_k = side_q.one(sequence), side_k.one(sequence)
             batch = range(sequence, sequence + 1)

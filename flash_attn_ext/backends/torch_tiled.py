@@ -102,6 +102,18 @@ def _new_dmask(q: Tensor, batch_size: int, seqlens: tuple[int, int], return_dmas
     return q.new_zeros((batch_size, q.shape[-2], _round128(seqlens[0]), _round128(seqlens[1])))
 
 
+def _fixed_forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: Options, return_dmask: bool
+) -> tuple[Tensor, Tensor]:
+    """Writes out; returns lse and dmask."""
+    note_fallback("fwd", q)
+    batch_size, seqlens = q.shape[0], (q.shape[1], k.shape[1])
+    sides = FixedSide(seqlens[0]), FixedSide(seqlens[1])
+    dmask = _new_dmask(q, batch_size, seqlens, return_dmask)
+    lse = _forward(problems(q, k.shape[2], batch_size, sides, options), q, k, v, out, dmask)
+    return lse, dmask
+
+
 def fwd(
     q: Tensor,
     k: Tensor,
@@ -118,24 +130,11 @@ def fwd(
     sm_margin: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of sequences of one length; returns out, lse, dmask."""
-    out = _new_out(q, v)
-    lse, dmask = fwd_out(
-        q,
-        k,
-        v,
-        out,
-        alibi_slopes,
-        rng_state,
-        softmax_scale,
-        window_left,
-        window_right,
-        softcap,
-        dropout_p,
-        return_dmask,
-        num_splits,
-        sm_margin,
+    options = Options(
+        softmax_scale, window_left, window_right, softcap, alibi_slopes, rng_state, dropout_p
     )
-    return out, lse, dmask
+    out = _new_out(q, v)
+    return (out, *_fixed_forward(q, k, v, out, options, return_dmask))
 
 
 def fwd_out(
@@ -155,15 +154,10 @@ def fwd_out(
     sm_margin: int,
 ) -> tuple[Tensor, Tensor]:
     """`fwd` that writes into `out`; returns lse, dmask."""
-    note_fallback("fwd", q)
     options = Options(
         softmax_scale, window_left, window_right, softcap, alibi_slopes, rng_state, dropout_p
     )
-    batch_size, seqlens = q.shape[0], (q.shape[1], k.shape[1])
-    sides = FixedSide(seqlens[0]), FixedSide(seqlens[1])
-    dmask = _new_dmask(q, batch_size, seqlens, return_dmask)
-    lse = _forward(problems(q, k.shape[2], batch_size, sides, options), q, k, v, out, dmask)
-    return lse, dmask
+    return _fixed_forward(q, k, v, out, options, return_dmask)
 
 
 def bwd(
@@ -211,12 +205,29 @@ def _varlen_sides(
         batch_size = cu_seqlens_q.shape[0] - 1
         paged = cache_side(k, seqlens, batch_size, max_seqlens[1], page_table=page_table)
         return side_q, paged
-    if cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens_q
+    assert cu_seqlens_k is not None  # the API requires it where there are no pages
     same = cu_seqlens_k.data_ptr() == cu_seqlens_q.data_ptr()
     if same and seqused_q is None and seqused_k is None:
         return side_q, side_q  # known on the host: the diagonal starts at key 0
     return side_q, PackedSide.of(cu_seqlens_k, seqused_k, max_seqlens[1])
+
+
+def _varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sides: tuple[PackedSide, PackedSide | CacheSide],
+    max_seqlens: tuple[int, int],
+    options: Options,
+    return_dmask: bool,
+) -> tuple[Tensor, Tensor]:
+    """Writes out; returns lse and dmask."""
+    note_fallback("varlen_fwd", q)
+    batch_size = sides[0].seqlens.shape[0]
+    dmask = _new_dmask(q, batch_size, max_seqlens, return_dmask)
+    lse = _forward(problems(q, k.shape[-2], batch_size, sides, options), q, k, v, out, dmask)
+    return lse, dmask
 
 
 def varlen_fwd(
@@ -242,31 +253,15 @@ def varlen_fwd(
     sm_margin: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of packed sequences, keys packed or in pages; returns out, lse, dmask."""
-    out = _new_out(q, v)
-    lse, dmask = varlen_fwd_out(
-        q,
-        k,
-        v,
-        out,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        seqused_k,
-        page_table,
-        max_seqlen_q,
-        max_seqlen_k,
-        alibi_slopes,
-        rng_state,
-        softmax_scale,
-        window_left,
-        window_right,
-        softcap,
-        dropout_p,
-        return_dmask,
-        num_splits,
-        sm_margin,
+    options = Options(
+        softmax_scale, window_left, window_right, softcap, alibi_slopes, rng_state, dropout_p
     )
-    return out, lse, dmask
+    max_seqlens = (max_seqlen_q, max_seqlen_k)
+    sides = _varlen_sides(
+        k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, max_seqlens
+    )
+    out = _new_out(q, v)
+    return (out, *_varlen_forward(q, k, v, out, sides, max_seqlens, options, return_dmask))
 
 
 def varlen_fwd_out(
@@ -293,7 +288,6 @@ def varlen_fwd_out(
     sm_margin: int,
 ) -> tuple[Tensor, Tensor]:
     """`varlen_fwd` that writes into `out`; returns lse, dmask."""
-    note_fallback("varlen_fwd", q)
     options = Options(
         softmax_scale, window_left, window_right, softcap, alibi_slopes, rng_state, dropout_p
     )
@@ -301,10 +295,7 @@ def varlen_fwd_out(
     sides = _varlen_sides(
         k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, max_seqlens
     )
-    batch_size = cu_seqlens_q.shape[0] - 1
-    dmask = _new_dmask(q, batch_size, max_seqlens, return_dmask)
-    lse = _forward(problems(q, k.shape[-2], batch_size, sides, options), q, k, v, out, dmask)
-    return lse, dmask
+    return _varlen_forward(q, k, v, out, sides, max_seqlens, options, return_dmask)
 
 
 def varlen_bwd(
@@ -355,6 +346,25 @@ def bwd_preprocess(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
     return _delta(out, dout, dlse).contiguous()
 
 
+def _cache_forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    side_k: CacheSide,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """Attention against what `side_k` finds in the caches; returns out, lse."""
+    side_q: FixedSide | PackedSide = FixedSide(q.shape[1])
+    if cu_seqlens_q is not None:
+        side_q = PackedSide.of(cu_seqlens_q, None, max_seqlen_q)
+    out = _new_out(q, v_cache)
+    batch_size = side_k.seqlens.shape[0]
+    parts = problems(q, k_cache.shape[2], batch_size, (side_q, side_k), options)
+    return out, _forward(parts, q, k_cache, v_cache, out, q.new_empty([0]))
+
+
 def kvcache_fwd(
     q: Tensor,
     k_cache: Tensor,
@@ -376,12 +386,7 @@ def kvcache_fwd(
     """Attention against a cache; returns out, lse."""
     note_fallback("kvcache_fwd", q)
     options = Options(softmax_scale, window_left, window_right, softcap, alibi_slopes, None, 0.0)
-    side_q: FixedSide | PackedSide
-    if cu_seqlens_q is None:
-        batch_size, side_q = q.shape[0], FixedSide(q.shape[1])
-    else:
-        batch_size = cu_seqlens_q.shape[0] - 1
-        side_q = PackedSide.of(cu_seqlens_q, None, max_seqlen_q)
+    batch_size = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     side_k = cache_side(
         k_cache,
         cache_seqlens,
@@ -390,10 +395,7 @@ def kvcache_fwd(
         cache_leftpad=cache_leftpad,
         page_table=page_table,
     )
-    out = _new_out(q, v_cache)
-    parts = problems(q, k_cache.shape[2], batch_size, (side_q, side_k), options)
-    lse = _forward(parts, q, k_cache, v_cache, out, q.new_empty([0]))
-    return out, lse
+    return _cache_forward(q, k_cache, v_cache, side_k, cu_seqlens_q, max_seqlen_q, options)
 
 
 def kvcache_append_fwd(
@@ -439,24 +441,16 @@ def kvcache_append_fwd(
         positions = _kvcache.rotary_positions(q, base, cu_seqlens_q, same_position)
         q = _kvcache.rotate(q, rotary_cos, rotary_sin, positions, rotary_interleaved, False)
     new = k.shape[1] if cu_seqlens_k_new is None else cu_seqlens_k_new[1:] - cu_seqlens_k_new[:-1]
-    return kvcache_fwd(
-        q,
+    side_k = cache_side(
         k_cache,
-        v_cache,
         cache_seqlens + new,
-        cache_batch_idx,
-        cache_leftpad,
-        page_table,
-        cu_seqlens_q,
-        max_seqlen_q,
-        alibi_slopes,
-        softmax_scale,
-        window_left,
-        window_right,
-        softcap,
-        num_splits,
-        sm_margin,
+        cache_seqlens.shape[0],
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        page_table=page_table,
     )
+    options = Options(softmax_scale, window_left, window_right, softcap, alibi_slopes, None, 0.0)
+    return _cache_forward(q, k_cache, v_cache, side_k, cu_seqlens_q, max_seqlen_q, options)
 
 
 def _append_kv(

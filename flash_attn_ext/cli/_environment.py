@@ -25,7 +25,7 @@ import torch
 from flash_attn_ext import _load
 from flash_attn_ext._version import __version__
 from flash_attn_ext.cli._build_tools import jobs, toolchain
-from flash_attn_ext.errors import FallbackWarning
+from flash_attn_ext.errors import FallbackWarning, UnsupportedError
 
 NEIGHBOURS = ("flash-attn", "flash-attn-3", "xformers", "triton", "transformers", "vllm")
 
@@ -189,7 +189,7 @@ def try_cuda() -> str | None:
                 out, _ = combine(out_partial, lse_partial, None)
             graph.replay()
         wrong = (out - 1).abs().max().item()
-    except RuntimeError as error:
+    except (RuntimeError, UnsupportedError) as error:
         return str(error).strip().partition("\n")[0]
     return None if wrong < 1e-6 else f"combine of ones is wrong by {wrong}"
 

@@ -269,7 +269,8 @@ def run(args: argparse.Namespace) -> int:
     if device == "cuda":
         where = torch.cuda.get_device_name()
     else:
-        where = f"cpu, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        where = f"the CPU ({threads} thread{'s' if threads > 1 else ''})"
 
     def say(text: str) -> None:
         if not args.json:

@@ -81,6 +81,12 @@ def test_a_machine_without_gpu_has_no_complaint() -> None:
     assert {answer.state for answer in doctor.examine(env)} <= {"ok", "info"}
 
 
+def test_a_cuda_torch_without_driver_has_no_complaint() -> None:
+    env = environment(driver=None, gpus=(), cuda_available=False)
+    assert {answer.state for answer in doctor.examine(env)} <= {"ok", "info"}
+    assert "no NVIDIA driver answers" in doctor.check_torch_cuda(env).found
+
+
 FAILURES: list[tuple[str, dict[str, Any], str, str, list[str], str]] = [
     # name, changes, check, state, words of the cause, words of the fix
     ("old Python", {"python": "3.9.1"}, "python", "error", ["3.9.1", ">= 3.10"], "pip install ."),

@@ -124,6 +124,10 @@ def test_attention_has_no_kernel(introspect: ModuleType, family: str) -> None:
         (problem("combine", head_dim_v=264), "sm80: head_dim_v=264: combine takes at most 256"),
         (problem("combine", num_splits=1025), "sm80: num_splits=1025: combine takes at most 1024"),
         (
+            problem("combine", batch_size=2**16, seqlen_q=2**13),
+            "sm80: rows=2147483648: combine takes at most 2147483647",
+        ),
+        (
             problem("bwd_preprocess", head_dim_v=257),
             "sm80: head_dim_v=257: bwd_preprocess takes at most 256",
         ),

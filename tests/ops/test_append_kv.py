@@ -144,6 +144,18 @@ def test_page_ids_outside_the_pool_are_dropped(device: str, overload: str) -> No
     assert k_cache.count_nonzero() == 2 * HEADS * 8
 
 
+def test_no_pages(device: str, overload: str) -> None:
+    """A table without columns has no slot; a pool without pages has none either."""
+    new = torch.randn(1, 2, HEADS, 8, device=device)
+    lengths = int32([0], device)
+    for pages, table in [(2, [[]]), (0, [[0, 0]])]:
+        k_cache = torch.zeros(pages, 4, HEADS, 8, device=device)
+        v_cache = k_cache.clone()
+        arguments = (lengths, None, int32(table, device), *(None,) * 4, False)
+        op("append_kv", overload)(k_cache, v_cache, new, new, *arguments)
+        assert not k_cache.count_nonzero()
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)], ids=str)
 def test_nothing_to_append(shape: tuple[int, int], device: str, overload: str) -> None:
     new = torch.randn(*shape, HEADS, 8, device=device)

@@ -20,17 +20,20 @@ MB = 1 << 20
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the largest tensor that any operation returns, bytes of its storage."""
+    """Records the largest new tensor that any operation returns, bytes of its storage."""
 
-    def __init__(self) -> None:
+    def __init__(self, *inputs: torch.Tensor) -> None:
         super().__init__()
+        self.inputs = {x.untyped_storage().data_ptr() for x in inputs}
         self.bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         results = func(*args, **(kwargs or {}))
         for x in tree_leaves(results):
             if isinstance(x, torch.Tensor):
-                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+                storage = x.untyped_storage()
+                if storage.data_ptr() not in self.inputs:
+                    self.bytes = max(self.bytes, storage.nbytes())
         return results
 
 
@@ -58,7 +61,7 @@ print(json.dumps(peak() - before))
 
 def test_largest_tensor_grows_linearly(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every option at once: no storage is larger than a tile, an input or a result."""
-    monkeypatch.setattr(_problem, "_TILE_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(_problem, "_TILE_ELEMENTS", 1 << 16)
     sizes = {}
     for seqlen in (1024, 2048):
         case = Case(
@@ -110,12 +113,10 @@ def test_cache_is_not_copied(page_size: int | None, device: str) -> None:
         table = torch.arange(shape[0], dtype=torch.int32, device=device)[None]
     q = torch.zeros(1, 1, 8, HEAD_DIM, dtype=torch.bfloat16, device=device)
     lengths = torch.tensor([seqlen], dtype=torch.int32, device=device)
-    with LargestTensor() as largest:
-        # The views of the cache itself are as large as the cache: they are taken before.
-        cache_bytes = k_cache.untyped_storage().nbytes()
+    with LargestTensor(k_cache) as largest:
         out, _ = op("kvcache_fwd", "tiled")(
             *(q, k_cache, k_cache, lengths, None, None, table, None, 1),
             *(None, 0.125, -1, -1, 0.0, 0, 0),
         )
     assert out.shape == q.shape
-    assert largest.bytes <= cache_bytes
+    assert largest.bytes < k_cache.untyped_storage().nbytes() / 8

@@ -68,7 +68,9 @@ def test_packed(offsets: list[int] | None, same_position: bool, device: str, ove
     x = torch.randn(sum(seqlens), HEADS, HEAD_DIM, device=device)
     cos, sin = _tables(32, torch.float32, device)
     positions = _positions(seqlens, offsets or [0] * 4, same_position)
-    expected = rotary_reference(x, cos, sin, torch.tensor(sum(positions, []), device=device))
+    expected = rotary_reference(
+        x, cos, sin, torch.tensor([p for row in positions for p in row], device=device)
+    )
     result = op("rotary", overload)(
         *(x, cos, sin, None if offsets is None else int32(offsets, device)),
         *(cu_seqlens(seqlens, device), 17, False, False, same_position),

@@ -2,10 +2,10 @@
 // on the way if a rotary table is given.
 //
 // New token j of sequence b goes to slot cache_seqlens[b] + j of cache row cache_batch_idx[b] (or
-// b): contiguous, or page page_table[row, slot / page_size], offset slot % page_size. A slot outside
-// the cache, a page id outside the pages, a row outside the table: nothing is written for it (debug
-// mode of the Python package reports it). CTAs, threads and units as in rotary.cuh, a row being a key with
-// its value.
+// b): contiguous, or page page_table[row, slot / page_size], offset slot % page_size. A slot
+// outside the cache, a page id outside the pages, a row outside the table: nothing is written for
+// it (debug mode of the Python package reports it). CTAs, threads and units as in rotary.cuh, a row
+// being a key with its value.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -75,12 +75,12 @@ __global__ void __launch_bounds__(kAppendKvThreads, kUnitCtasPerSm)
 
 template <class T>
 int launch_append_kv(const AppendKvParams& p, cudaStream_t stream) {
-  const int per_row = p.vectorized ? append_kv_units_per_row<kVecSize<T>>(p)
-                                   : append_kv_units_per_row<1>(p);
+  const bool varlen = p.cu_seqlens_new != nullptr;
+  const int per_row =
+      p.vectorized ? append_kv_units_per_row<kVecSize<T>>(p) : append_kv_units_per_row<1>(p);
   const int per_token = units_per_token(p.num_heads_kv, per_row);
-  const int tile_tokens = tokens_per_tile(per_token, kAppendKvThreads);
-  const int64_t tiles =
-      num_token_tiles(p.cu_seqlens_new != nullptr, p.batch_size, p.seqlen_new, tile_tokens);
+  const int tile_tokens = tokens_per_tile(per_token, kAppendKvThreads, varlen);
+  const int64_t tiles = num_token_tiles(varlen, p.batch_size, p.seqlen_new, tile_tokens);
   if (tiles == 0 || per_row == 0) return cudaSuccess;
   const auto kernel = p.vectorized ? append_kv_kernel<T, kVecSize<T>> : append_kv_kernel<T, 1>;
   kernel<<<static_cast<unsigned>(tiles), kAppendKvThreads, 0, stream>>>(

@@ -14,7 +14,7 @@
 namespace fa {
 
 template <class T, int kVec>
-__global__ void __launch_bounds__(kBwdPreprocessThreads)
+__global__ void __launch_bounds__(kBwdPreprocessThreads, kBwdPreprocessCtasPerSm)
     bwd_preprocess_kernel(const __grid_constant__ BwdPreprocessParams p, int row_lanes) {
   const int groups = kBwdPreprocessThreads / row_lanes;
   const int group = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
@@ -24,13 +24,22 @@ __global__ void __launch_bounds__(kBwdPreprocessThreads)
   const int token_block = blockIdx.x / p.num_heads % token_blocks;
   const int batch = blockIdx.x / p.num_heads / token_blocks;
 
-  const T* out = static_cast<const T*>(p.out) + batch * p.out_strides.batch +
-                 head * p.out_strides.head;
-  const T* dout = static_cast<const T*>(p.dout) + batch * p.dout_strides.batch +
-                  head * p.dout_strides.head;
+  const T* out =
+      static_cast<const T*>(p.out) + batch * p.out_strides.batch + head * p.out_strides.head;
+  const T* dout =
+      static_cast<const T*>(p.dout) + batch * p.dout_strides.batch + head * p.dout_strides.head;
   // Row r of this group: neighbouring groups take neighbouring tokens, so that delta is written in
   // runs.
   const auto token_of = [&](int r) { return token_block * rows_per_cta + r * groups + group; };
+
+  // dlse first: it arrives while the rows are summed up.
+  float dlse[kBwdPreprocessRowsPerGroup] = {};
+  FA_UNROLL
+  for (int r = 0; r < kBwdPreprocessRowsPerGroup; ++r) {
+    if (p.dlse == nullptr || lane != 0 || token_of(r) >= p.seqlen) continue;
+    dlse[r] = p.dlse[batch * p.dlse_batch_stride + head * p.dlse_head_stride +
+                     token_of(r) * p.dlse_token_stride];
+  }
 
   float sum[kBwdPreprocessRowsPerGroup] = {};
   for (int column = lane * kVec; column < p.head_dim_v; column += row_lanes * kVec) {
@@ -59,12 +68,8 @@ __global__ void __launch_bounds__(kBwdPreprocessThreads)
       sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], step);
     const int token = token_of(r);
     if (lane != 0 || token >= p.seqlen) continue;
-    const float dlse = p.dlse == nullptr
-                           ? 0.f
-                           : p.dlse[batch * p.dlse_batch_stride + head * p.dlse_head_stride +
-                                    token * p.dlse_token_stride];
     const int64_t row = (static_cast<int64_t>(batch) * p.num_heads + head) * p.seqlen + token;
-    p.delta[row] = sum[r] - dlse;
+    p.delta[row] = sum[r] - dlse[r];
   }
 }
 

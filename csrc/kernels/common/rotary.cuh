@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kRotaryThreads, kUnitCtasPerSm)
     const auto [head_group, unit] = divide(token_unit, by_row);
     const int token = tile.begin + tile_token, head = head_group * kHeadsPerThread;
     const int64_t row = tile.first_row + token;
-    const UnitColumns columns = unit_columns(rotary_moved_dim(p), p.table.rotary_dim,
-                                             p.table.interleaved, kVec, unit);
+    const UnitColumns columns =
+        unit_columns(rotary_moved_dim(p), p.table.rotary_dim, p.table.interleaved, kVec, unit);
     HeadUnits<T, kVec> units_of_heads;
     units_of_heads.load(static_cast<const T*>(p.x) + tile.batch * p.x_strides.batch +
                             row * p.x_strides.token + head * p.x_strides.head,
@@ -48,12 +48,12 @@ __global__ void __launch_bounds__(kRotaryThreads, kUnitCtasPerSm)
 
 template <class T>
 int launch_rotary(const RotaryParams& p, cudaStream_t stream) {
+  const bool varlen = p.cu_seqlens != nullptr;
   const int vec = p.vectorized ? kVecSize<T> : 1;
   const int per_row = row_units(rotary_moved_dim(p), p.table.rotary_dim, vec);
   const int per_token = units_per_token(p.num_heads, per_row);
-  const int tile_tokens = tokens_per_tile(per_token, kRotaryThreads);
-  const int64_t tiles =
-      num_token_tiles(p.cu_seqlens != nullptr, p.batch_size, p.seqlen, tile_tokens);
+  const int tile_tokens = tokens_per_tile(per_token, kRotaryThreads, varlen);
+  const int64_t tiles = num_token_tiles(varlen, p.batch_size, p.seqlen, tile_tokens);
   if (tiles == 0 || per_row == 0) return cudaSuccess;
   const auto kernel = p.vectorized ? rotary_kernel<T, kVecSize<T>> : rotary_kernel<T, 1>;
   kernel<<<static_cast<unsigned>(tiles), kRotaryThreads, 0, stream>>>(
