@@ -37,7 +37,7 @@ if not _installed.redirect(__name__):
     _load.load()
     _flops.register()
 
-    _LAZY = {"explain": "flash_attn_ext.explain"}
+    _LAZY = {"explain": "flash_attn_ext.plans"}
     """Public name -> the module that has it, imported at first use."""
 
     def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
     python tools/support_table.py [README.md] [--check]
 
-The rows come from flash_attn_ext.explain.support_markdown(), which asks make_plan; nothing is typed
+The rows come from flash_attn_ext.plans.support_markdown(), which asks make_plan; nothing is typed
 by hand. Needs the package with its introspection module (no GPU, no nvcc).
 """
 
@@ -15,7 +15,7 @@ import blocks
 
 def generate() -> str:
     """The table as Markdown."""
-    from flash_attn_ext.explain import support_markdown
+    from flash_attn_ext.plans import support_markdown
 
     return support_markdown()
 

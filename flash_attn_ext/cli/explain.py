@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from flash_attn_ext.cli import _output
-from flash_attn_ext.explain import UNKNOWN, explain, support_table
+from flash_attn_ext.plans import UNKNOWN, explain, support_table
 
 _SIZES = ("b", "h", "hk", "sq", "sk", "d", "dv", "page", "new", "rotary", "splits")
 _FLOATS = ("softcap", "dropout")

@@ -7,8 +7,7 @@
 
 The answers are those of ``make_plan`` (csrc/plan/plan.h), the function that chooses at run time,
 asked through the introspection module: no GPU is needed to ask about one. ``support_table`` asks it
-about every feature. The module itself can be called, so that ``flash_attn_ext.explain(...)`` works
-whether the function or the module was imported first.
+about every feature.
 """
 
 from __future__ import annotations
@@ -404,13 +403,3 @@ def support_markdown() -> str:
     for (family, *values), features in grouped.items():
         lines.append(f"| {family} | {', '.join(features)} | " + " | ".join(values) + " |")
     return "\n".join(lines)
-
-
-class _CallableModule(ModuleType):
-    """The package's attribute ``explain`` is this module once it is imported: it can be called."""
-
-    def __call__(self, *args: Any, **options: Any) -> Explanation:
-        return explain(*args, **options)
-
-
-sys.modules[__name__].__class__ = _CallableModule

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,10 +11,9 @@ import pytest
 import torch
 
 import flash_attn_ext
-from flash_attn_ext import UnsupportedError, _load
+from flash_attn_ext import UnsupportedError, _load, plans
 
-explain_module = importlib.import_module("flash_attn_ext.explain")
-explain = explain_module.explain
+explain = plans.explain
 
 Q, KV = (2, 4096, 32, 128), (2, 4096, 8, 128)
 POOL = (99, 16, 8, 128)
@@ -34,9 +32,9 @@ def expect(explanation: object, expected: str) -> None:
     expecttest.TestCase().assertExpectedInline(text, expected, skip=1)
 
 
-def test_package_attribute_is_callable_whichever_way_it_was_imported() -> None:
+def test_package_attribute_is_the_function() -> None:
     q = torch.zeros(1, 2, 1, 8)
-    assert flash_attn_ext.explain(q, q, q) == explain_module(q, q, q) == explain(q, q, q)
+    assert flash_attn_ext.explain(q, q, q) == explain(q, q, q)
 
 
 @pytest.mark.parametrize("device", ["a100", "rtx3090", "rtx4090", "l40s", "b200", "rtx5090"])
@@ -301,7 +299,7 @@ def test_no_introspection_module() -> None:
     q = torch.zeros(1, 4, 2, 8)
     assert explain(q, q, q).backend == "torch_tiled"  # needs no plan
     with pytest.raises(UnsupportedError, match="pip install pybind11"):
-        explain_module.support_table()
+        plans.support_table()
 
 
 @pytest.mark.parametrize(
@@ -327,7 +325,7 @@ ARCHS = ["sm80", "sm86", "sm89", "sm90", "sm100", "sm120"]
 
 
 def test_support_table(with_introspect: ModuleType) -> None:
-    rows = explain_module.support_table()
+    rows = plans.support_table()
     assert {row["family"] for row in rows} == set(with_introspect.families())
     for row in rows:
         assert list(row) == ["family", "feature", *ARCHS, "cpu"]
@@ -338,7 +336,7 @@ def test_support_table(with_introspect: ModuleType) -> None:
 
 
 def test_support_markdown(with_introspect: ModuleType) -> None:
-    lines = explain_module.support_markdown().splitlines()
+    lines = plans.support_markdown().splitlines()
     assert lines[0] == "| op | features | sm80 | sm86 | sm89 | sm90 | sm100 | sm120 | cpu |"
     assert {line.count("|") for line in lines} == {10}
     assert "| combine | fp16, bf16, fp32 | _sm80 | _sm80 | _sm80 | _sm90" in "\n".join(lines)
