@@ -107,9 +107,7 @@ Tensor combine_out(const Tensor& out_partial, const Tensor& lse_partial, const T
   const CombineShape shape = combine_shape(out_partial, lse_partial);
   check_tensor("out", out, out_partial, out_partial.dim() - 1);
   for (int64_t i = 0; i < out.dim(); ++i) check_size("out", out, i, out_partial.size(i + 1));
-  // One access moves 4 elements: 16 bytes of out_partial, less of a 16-bit out.
-  const bool aligned = rows_aligned(out_partial, 16) &&
-                       rows_aligned(out, 4 * static_cast<int64_t>(out.element_size()));
+  const bool aligned = rows_aligned(out_partial, 16) && rows_aligned(out, 16);
   const PlannedKernel kernel =
       plan_combine(shape, out_partial, dtype_of(out.scalar_type()), aligned);
   if (kernel.backend == nullptr) {

@@ -33,8 +33,8 @@ struct CombineParams {
 
   int num_splits, batch_size, seqlen, num_heads, head_dim_v;
   DType out_dtype;
-  bool vectorized;  // every row of out_partial starts at a multiple of 16 bytes, of out at one of
-                    // 4 elements, and head_dim_v is a multiple of 4
+  bool vectorized;  // rows of out_partial and out start at multiples of 16 bytes, and head_dim_v is
+                    // a multiple of kCombineVec
 };
 
 // delta = rowsum(dout * out) - dlse: what the backward subtracts from dP.

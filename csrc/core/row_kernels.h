@@ -13,6 +13,8 @@ constexpr int kMaxCombineSplits = 1024;  // every lane walks all splits of its r
 constexpr int kVectorBytes = 16;         // the widest load or store of a thread
 
 constexpr int kCombineThreads = 128;
+constexpr int kCombineCtasPerSm = 6;  // 80 registers a thread; 64 would spill
+constexpr int kCombineUnroll = 4;     // splits that a thread loads together
 constexpr int kBwdPreprocessThreads = 256;
 constexpr int kBwdPreprocessCtasPerSm = 3;  // 80 registers a thread; left alone, ptxas spills at 64
 constexpr int kBwdPreprocessRowsPerGroup = 4;  // 8 loads of 16 bytes in flight per lane
@@ -22,28 +24,20 @@ constexpr int kAppendKvThreads = 128;
 // threads on an SM, and with them fewer loads in flight.
 constexpr int kUnitCtasPerSm = 5;
 
-// Partial results are fp32: 4 of them are 16 bytes.
-constexpr int kCombineVec = 4;
+// Elements of a partial result that a thread of combine merges: 32 bytes, so that the work that is
+// done once a thread (where the row lies, the weights of the splits) is shared by enough of them.
+constexpr int kCombineVec = 8;
 
 FA_HD constexpr int elements_per_vector(DType dtype) {
   return kVectorBytes / dtype_bytes(dtype);
 }
 
-// What a thread of combine loads together. Two splits are common (a cascade, a ring step) and have
-// few bytes to a row: several rows at once gain 5 to 10 %.
-struct CombineUnroll {
-  int rows, splits;
-  int ctas_per_sm;  // what the registers for it allow
-};
-FA_HD constexpr CombineUnroll combine_unroll(int num_splits) {
-  return num_splits <= 2 ? CombineUnroll{3, 2, 4} : CombineUnroll{1, 4, 8};
-}
 // Threads that share a row of combine; they exchange nothing.
 FA_HD constexpr int combine_lanes_per_row(int head_dim_v, int vec) {
   return min(max(1, ceil_div(head_dim_v, vec)), kCombineThreads);
 }
-FA_HD constexpr int combine_rows_per_cta(int head_dim_v, int vec, int num_splits) {
-  return kCombineThreads / combine_lanes_per_row(head_dim_v, vec) * combine_unroll(num_splits).rows;
+FA_HD constexpr int combine_rows_per_cta(int head_dim_v, int vec) {
+  return kCombineThreads / combine_lanes_per_row(head_dim_v, vec);
 }
 
 // Lanes that sum up a row of bwd_preprocess together: a power of two, at most a warp. Preferably
@@ -97,7 +91,7 @@ FA_HD constexpr int units_per_token(int num_heads, int units_per_row) {
   return ceil_div(num_heads, kHeadsPerThread) * units_per_row;
 }
 
-static_assert(combine_lanes_per_row(96, 4) == 24 && combine_lanes_per_row(256, 1) == 128);
+static_assert(combine_lanes_per_row(96, 8) == 12 && combine_lanes_per_row(256, 1) == 128);
 static_assert(bwd_preprocess_lanes_per_row(128, 8) == 16 &&
               bwd_preprocess_lanes_per_row(96, 4) == 8);
 static_assert(bwd_preprocess_lanes_per_row(80, 8) == 16 && bwd_preprocess_lanes_per_row(1, 8) == 1);

@@ -151,7 +151,7 @@ Plan row_kernel_plan(const Problem& p) {
   switch (p.family) {
     case Family::kCombine:
       plan.num_threads = kCombineThreads;
-      plan.tile_m = combine_rows_per_cta(p.head_dim_v, vec, p.num_splits);
+      plan.tile_m = combine_rows_per_cta(p.head_dim_v, vec);
       plan.tile_n = p.head_dim_v;
       plan.num_splits = p.num_splits;
       plan.num_ctas = ceil_div<int64_t>(heads * p.batch_size * p.seqlen_q, plan.tile_m);

@@ -20,13 +20,8 @@ void test_lanes_of_row_kernels() {
       CHECK(1 <= lanes && lanes <= kCombineThreads, "head_dim=%d", head_dim);
       CHECK(lanes == kCombineThreads || lanes * vec >= head_dim, "head_dim=%d", head_dim);
       CHECK((lanes - 1) * vec < head_dim, "idle lanes: head_dim=%d", head_dim);
-      for (const int splits : {1, 2, 3, kMaxCombineSplits}) {
-        const int rows = combine_rows_per_cta(head_dim, vec, splits);
-        const int rows_at_once = combine_unroll(splits).rows;
-        CHECK(rows >= rows_at_once && rows % rows_at_once == 0, "splits=%d rows=%d", splits, rows);
-        CHECK(rows / rows_at_once * lanes <= kCombineThreads, "head_dim=%d rows=%d", head_dim,
-              rows);
-      }
+      const int rows = combine_rows_per_cta(head_dim, vec);
+      CHECK(rows >= 1 && rows * lanes <= kCombineThreads, "head_dim=%d rows=%d", head_dim, rows);
       const int sum_lanes = bwd_preprocess_lanes_per_row(head_dim, vec);
       CHECK(kWarpSize % sum_lanes == 0, "head_dim=%d lanes=%d", head_dim, sum_lanes);
       CHECK(sum_lanes == 1 || sum_lanes / 2 * vec < head_dim, "idle lanes: head_dim=%d", head_dim);

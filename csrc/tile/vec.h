@@ -1,6 +1,7 @@
 // Vec<T, N>: N elements of T that one thread moves together, and their conversion to float.
 //
-// N * sizeof(T) is 16 or 8 bytes (one instruction), or N is small and the elements move one by one.
+// N * sizeof(T) is 8 bytes or a multiple of 16 (16 bytes to an instruction), or N is small and the
+// elements move one by one.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -21,12 +22,15 @@ struct alignas(N * sizeof(T) <= 16 ? N * sizeof(T) : 16) Vec {
 template <class T>
 constexpr int kVecSize = 16 / static_cast<int>(sizeof(T));
 
-// Precondition: p is a multiple of 16 bytes if the vector is 16 bytes long, else of sizeof(T).
+// Precondition: p is a multiple of 16 bytes if the vector is 16 bytes long or more, else of
+// sizeof(T).
 template <int N, class T>
 FA_DEVICE Vec<T, N> load_vec(const T* p) {
   Vec<T, N> v;
-  if constexpr (N * sizeof(T) == 16) {
-    *reinterpret_cast<uint4*>(v.x) = ptx::ld_global_no_allocate_v4(p);
+  if constexpr (N * sizeof(T) % 16 == 0) {
+    FA_UNROLL
+    for (int i = 0; i < N; i += kVecSize<T>)
+      *reinterpret_cast<uint4*>(&v.x[i]) = ptx::ld_global_no_allocate_v4(p + i);
   } else {
     FA_UNROLL
     for (int i = 0; i < N; ++i) v.x[i] = p[i];
@@ -34,11 +38,14 @@ FA_DEVICE Vec<T, N> load_vec(const T* p) {
   return v;
 }
 
-// Precondition: p is a multiple of the vector's size if that is 16 or 8 bytes, else of sizeof(T).
+// Precondition: p is a multiple of 16 bytes if the vector is 16 bytes long or more, of 8 if it has
+// 8, else of sizeof(T).
 template <int N, class T>
 FA_DEVICE void store_vec(T* p, Vec<T, N> v) {
-  if constexpr (N * sizeof(T) == 16) {
-    ptx::st_global_v4(p, *reinterpret_cast<const uint4*>(v.x));
+  if constexpr (N * sizeof(T) % 16 == 0) {
+    FA_UNROLL
+    for (int i = 0; i < N; i += kVecSize<T>)
+      ptx::st_global_v4(p + i, *reinterpret_cast<const uint4*>(&v.x[i]));
   } else if constexpr (N * sizeof(T) == 8) {
     ptx::st_global_v2(p, *reinterpret_cast<const uint2*>(v.x));
   } else {

@@ -2,9 +2,9 @@
 //
 //   lse = log sum_s exp(lse_s)        out = sum_s exp(lse_s - lse) * out_s
 //
-// A group of threads owns a row (one query of one head) or a few, each thread 4 columns. The splits
-// are walked once, as online softmax walks keys: out and sum are kept relative to the largest
-// LSE so far, so no load waits for another. Bytes bound: every partial is read once.
+// A group of threads owns a row (one query of one head), each thread 8 columns of it. The splits are
+// walked once, as online softmax walks keys: out and sum are kept relative to the largest LSE so
+// far, so no load waits for another. Bytes bound: every partial is read once.
 // A split with lse_s == -inf saw no key: its row of out_partial is never used and may hold
 // anything, NaN included. If all are -inf, out = 0 and lse = -inf.
 #pragma once
@@ -44,72 +44,48 @@ struct PartialMerge {
   FA_DEVICE float inverse_sum() const { return sum == 0.f ? 0.f : ptx::rcp_approx_ftz(sum); }
 };
 
-// Offsets of one row in the tensors, elements.
-struct CombineRow {
-  int64_t out_partial, lse_partial, out;
-
-  FA_DEVICE CombineRow(const CombineParams& p, int row, FastDiv by_heads, FastDiv by_seqlen) {
-    const auto [token_row, head] = divide(row, by_heads);
-    const auto [batch, token] = divide(token_row, by_seqlen);
-    out_partial = batch * p.out_partial_strides.batch + token * p.out_partial_strides.token +
-                  head * p.out_partial_strides.head;
-    lse_partial = batch * p.lse_partial_batch_stride + token * p.lse_partial_token_stride +
-                  head * p.lse_partial_head_stride;
-    out = batch * p.out_strides.batch + token * p.out_strides.token + head * p.out_strides.head;
-  }
-};
-
-// kPair: at most two splits.
-template <class Out, int kVec, bool kPair>
-__global__ void __launch_bounds__(kCombineThreads,
-                                  combine_unroll(kPair ? 2 : kMaxCombineSplits).ctas_per_sm)
+template <class Out, int kVec>
+__global__ void __launch_bounds__(kCombineThreads, kCombineCtasPerSm)
     combine_kernel(const __grid_constant__ CombineParams p, FastDiv by_heads, FastDiv by_seqlen,
                    FastDiv by_lanes) {
-  constexpr CombineUnroll kUnroll = combine_unroll(kPair ? 2 : kMaxCombineSplits);
-  const int groups = kCombineThreads / by_lanes.divisor();
-  const auto [group, lane] = divide(threadIdx.x, by_lanes);
-  if (group >= groups) return;                             // lanes need not divide the CTA
+  const int rows_per_cta = kCombineThreads / by_lanes.divisor();
+  const auto [cta_row, lane] = divide(threadIdx.x, by_lanes);
   const int rows = p.batch_size * p.seqlen * p.num_heads;  // the plan keeps it below 2^31
-  const int first_row = blockIdx.x * groups * kUnroll.rows + group;
-  const auto row_of = [&](int r) { return first_row + r * groups; };
-  const auto offsets_of = [&](int r) {
-    return CombineRow(p, min(row_of(r), rows - 1), by_heads, by_seqlen);
-  };
+  const int row = blockIdx.x * rows_per_cta + cta_row;
+  if (cta_row >= rows_per_cta || row >= rows) return;  // lanes need not divide the CTA
+  const auto [token_row, head] = divide(row, by_heads);
+  const auto [batch, token] = divide(token_row, by_seqlen);
+
+  const float* lse_partial = p.lse_partial + batch * p.lse_partial_batch_stride +
+                             token * p.lse_partial_token_stride + head * p.lse_partial_head_stride;
+  const float* out_partial = p.out_partial + batch * p.out_partial_strides.batch +
+                             token * p.out_partial_strides.token +
+                             head * p.out_partial_strides.head;
+  Out* out = static_cast<Out*>(p.out) + batch * p.out_strides.batch + token * p.out_strides.token +
+             head * p.out_strides.head;
 
   for (int column = lane * kVec; column < p.head_dim_v; column += by_lanes.divisor() * kVec) {
-    PartialMerge<kVec> merged[kUnroll.rows];
-    for (int split = 0; split < p.num_splits; split += kUnroll.splits) {
-      Vec<float, kVec> part[kUnroll.rows][kUnroll.splits];
-      float lse[kUnroll.rows][kUnroll.splits];
+    PartialMerge<kVec> merged;
+    for (int split = 0; split < p.num_splits; split += kCombineUnroll) {
+      Vec<float, kVec> part[kCombineUnroll];
+      float lse[kCombineUnroll];
       FA_UNROLL
-      for (int r = 0; r < kUnroll.rows; ++r) {
-        const CombineRow row = offsets_of(r);
-        FA_UNROLL
-        for (int u = 0; u < kUnroll.splits; ++u) {
-          const int64_t at = split + u;
-          lse[r][u] = -INFINITY;
-          if (at >= p.num_splits) continue;
-          lse[r][u] = p.lse_partial[row.lse_partial + at * p.lse_partial_split_stride];
-          part[r][u] = load_vec<kVec>(p.out_partial + row.out_partial +
-                                      at * p.out_partial_split_stride + column);
-        }
+      for (int u = 0; u < kCombineUnroll; ++u) {
+        const int64_t at = split + u;
+        lse[u] = -INFINITY;
+        if (at >= p.num_splits) continue;
+        lse[u] = lse_partial[at * p.lse_partial_split_stride];
+        part[u] = load_vec<kVec>(out_partial + at * p.out_partial_split_stride + column);
       }
       FA_UNROLL
-      for (int r = 0; r < kUnroll.rows; ++r) {
-        FA_UNROLL
-        for (int u = 0; u < kUnroll.splits; ++u) merged[r].add(lse[r][u], part[r][u]);
-      }
+      for (int u = 0; u < kCombineUnroll; ++u) merged.add(lse[u], part[u]);
     }
     FA_UNROLL
-    for (int r = 0; r < kUnroll.rows; ++r) {
-      if (row_of(r) >= rows) continue;
-      FA_UNROLL
-      for (float& x : merged[r].acc) x *= merged[r].inverse_sum();
-      Vec<Out, kVec> result;
-      from_float(merged[r].acc, result);
-      store_vec(static_cast<Out*>(p.out) + offsets_of(r).out + column, result);
-      if (column == 0) p.lse[row_of(r)] = merged[r].lse();
-    }
+    for (float& x : merged.acc) x *= merged.inverse_sum();
+    Vec<Out, kVec> result;
+    from_float(merged.acc, result);
+    store_vec(out + column, result);
+    if (column == 0) p.lse[row] = merged.lse();
   }
 }
 
@@ -117,12 +93,8 @@ template <class Out>
 int launch_combine(const CombineParams& p, cudaStream_t stream) {
   const int vec = p.vectorized ? kCombineVec : 1;
   const int rows = p.batch_size * p.seqlen * p.num_heads;
-  const int ctas = ceil_div(rows, combine_rows_per_cta(p.head_dim_v, vec, p.num_splits));
-  const bool pair = p.num_splits <= 2;
-  const auto kernel = p.vectorized
-                          ? (pair ? combine_kernel<Out, kCombineVec, true>
-                                  : combine_kernel<Out, kCombineVec, false>)
-                          : (pair ? combine_kernel<Out, 1, true> : combine_kernel<Out, 1, false>);
+  const int ctas = ceil_div(rows, combine_rows_per_cta(p.head_dim_v, vec));
+  const auto kernel = p.vectorized ? combine_kernel<Out, kCombineVec> : combine_kernel<Out, 1>;
   kernel<<<ctas, kCombineThreads, 0, stream>>>(p, FastDiv(p.num_heads), FastDiv(p.seqlen),
                                                FastDiv(combine_lanes_per_row(p.head_dim_v, vec)));
   return cudaGetLastError();
