@@ -50,7 +50,7 @@ class TrainConfig:
         seed: decides the batches; with the model's seed, the whole run.
     """
 
-    steps: int = 200
+    steps: int = 250
     batch_size: int = 8
     seqlen: int = 256
     learning_rate: float = 3e-3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,22 @@ def test_the_mark_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _output.mark("error") == "X"
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
     assert _output.mark("error") == "✘"
+
+
+@pytest.mark.parametrize("faster", [1, 2])
+def test_the_faster_number_of_threads_is_taken(
+    faster: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(provider: str, device: str, seqlens: list[int]) -> Iterator[Measurement]:
+        milliseconds = 1.0 if torch.get_num_threads() == faster else 2.0
+        yield Measurement(provider, seqlens[0], milliseconds, 1.0)
+
+    monkeypatch.setattr(_compare, "measure", measure)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with demo._fastest_threads():
+            assert torch.get_num_threads() == faster
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
