@@ -88,14 +88,14 @@ FA_DEVICE void rotate(RowUnit<T, kVec>& unit, const RotaryAngles<T, kVec>& angle
 
 // One unit of the heads of one token that a thread moves. Loading, turning and storing are separate
 // steps, so that the loads are under way while the caller finds out where the row goes.
-template <class T, int kVec, int kHeads>
+template <class T, int kVec>
 struct HeadUnits {
-  RowUnit<T, kVec> units[kHeads];
+  RowUnit<T, kVec> units[kHeadsPerThread];
 
   // row: of the first head; num_heads: heads there are from it on.
   FA_DEVICE void load(const T* row, int64_t head_stride, UnitColumns columns, int num_heads) {
     FA_UNROLL
-    for (int h = 0; h < kHeads; ++h) {
+    for (int h = 0; h < kHeadsPerThread; ++h) {
       if (h >= num_heads) continue;
       units[h].first = load_vec<kVec>(row + h * head_stride + columns.first);
       if (columns.has_second)
@@ -112,7 +112,7 @@ struct HeadUnits {
 
   FA_DEVICE void store(T* row, int64_t head_stride, UnitColumns columns, int num_heads) const {
     FA_UNROLL
-    for (int h = 0; h < kHeads; ++h) {
+    for (int h = 0; h < kHeadsPerThread; ++h) {
       if (h >= num_heads) continue;
       store_vec(row + h * head_stride + columns.first, units[h].first);
       if (columns.has_second) store_vec(row + h * head_stride + columns.second, units[h].second);

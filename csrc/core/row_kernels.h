@@ -18,17 +18,11 @@ constexpr int kCombineUnroll = 4;     // splits that a thread loads together
 constexpr int kBwdPreprocessThreads = 256;
 constexpr int kBwdPreprocessCtasPerSm = 3;  // 80 registers a thread; left alone, ptxas spills at 64
 constexpr int kBwdPreprocessRowsPerGroup = 4;  // 8 loads of 16 bytes in flight per lane
-// A thread of rotary and append_kv moves the same unit (below) of a few heads, which all turn by
-// the same angles. Fewer heads take fewer registers and leave more threads on an SM: best for
-// rotary. append_kv also looks up where the token goes, once a thread, and gains from more heads
-// (H200: rotary 86 -> 89 % of a copy at head_dim 64 with 2 heads, append_kv with rotary 84 -> 88 %
-// with 4).
 constexpr int kRotaryThreads = 128;
-constexpr int kRotaryHeads = 2;
-constexpr int kRotaryCtasPerSm = 7;  // 72 registers a thread; 64 would spill
 constexpr int kAppendKvThreads = 128;
-constexpr int kAppendKvHeads = 4;
-constexpr int kAppendKvCtasPerSm = 5;  // 96 registers a thread
+// rotary and append_kv: 96 registers a thread. 80 would spill; larger CTAs would leave fewer
+// threads on an SM, and with them fewer loads in flight.
+constexpr int kUnitCtasPerSm = 5;
 
 // Elements of a partial result that a thread of combine merges: 32 bytes, so that the work that is
 // done once a thread (where the row lies, the weights of the splits) is shared by enough of them.
@@ -62,7 +56,10 @@ FA_HD constexpr int bwd_preprocess_rows_per_cta(int head_dim_v, int vec) {
 // The rotated part is cut into halves, so is the part behind it; a unit takes the same vector of
 // both halves, so that neighbouring threads touch neighbouring bytes. Not interleaved, the second
 // vector holds the partners of the first; interleaved, each holds whole pairs. The part behind may
-// have an odd number of vectors; then its last unit has one.
+// have an odd number of vectors; then its last unit has one. The thread moves the same unit of
+// kHeadsPerThread heads, which all turn by the same angles.
+constexpr int kHeadsPerThread = 4;  // 8 loads of 16 bytes in flight
+
 FA_HD constexpr int rotated_units(int rotary_dim, int vec) {
   return rotary_dim / (2 * vec);
 }
@@ -90,8 +87,8 @@ FA_HD constexpr UnitColumns unit_columns(int head_dim, int rotary_dim, bool inte
 }
 
 // Threads that a token needs: one for each unit of each group of heads.
-FA_HD constexpr int units_per_token(int num_heads, int heads_per_thread, int units_per_row) {
-  return ceil_div(num_heads, heads_per_thread) * units_per_row;
+FA_HD constexpr int units_per_token(int num_heads, int units_per_row) {
+  return ceil_div(num_heads, kHeadsPerThread) * units_per_row;
 }
 
 static_assert(combine_lanes_per_row(96, 8) == 12 && combine_lanes_per_row(256, 1) == 128);

@@ -169,9 +169,7 @@ Plan row_kernel_plan(const Problem& p) {
       const int num_heads = append ? p.num_heads_kv : p.num_heads_q;
       const int seqlen = append ? p.seqlen_k : p.seqlen_q;
       plan.num_threads = append ? kAppendKvThreads : kRotaryThreads;
-      plan.tile_m =
-          tokens_per_tile(units_per_token(num_heads, append ? kAppendKvHeads : kRotaryHeads, units),
-                          plan.num_threads, p.varlen);
+      plan.tile_m = tokens_per_tile(units_per_token(num_heads, units), plan.num_threads, p.varlen);
       plan.tile_n = p.head_dim + (append ? p.head_dim_v : 0);
       plan.num_ctas = num_token_tiles(p.varlen, p.batch_size, seqlen, plan.tile_m);
       break;

@@ -62,8 +62,7 @@ void test_units_of_a_row() {
                   vec, head_dim, rotary_dim, element);
         }
   for (int num_heads = 1; num_heads < 20; ++num_heads)
-    for (int each : {kRotaryHeads, kAppendKvHeads})
-      CHECK(units_per_token(num_heads, each, 3) / 3 * each >= num_heads, "heads=%d", num_heads);
+    CHECK(units_per_token(num_heads, 3) / 3 * kHeadsPerThread >= num_heads, "heads=%d", num_heads);
 }
 
 // Every token of every sequence belongs to one tile, fixed length and varlen.

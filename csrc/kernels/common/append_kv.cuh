@@ -38,7 +38,7 @@ FA_HD constexpr int append_kv_units_per_row(const AppendKvParams& p) {
 }
 
 template <class T, int kVec>
-__global__ void __launch_bounds__(kAppendKvThreads, kAppendKvCtasPerSm)
+__global__ void __launch_bounds__(kAppendKvThreads, kUnitCtasPerSm)
     append_kv_kernel(const __grid_constant__ AppendKvParams p, FastDiv by_token, FastDiv by_row,
                      FastDiv by_page, int tile_tokens) {
   const TokenTile tile =
@@ -52,13 +52,13 @@ __global__ void __launch_bounds__(kAppendKvThreads, kAppendKvCtasPerSm)
   for (int i = threadIdx.x; i < units; i += kAppendKvThreads) {
     const auto [tile_token, token_unit] = divide(i, by_token);
     const auto [head_group, unit] = divide(token_unit, by_row);
-    const int token = tile.begin + tile_token, head = head_group * kAppendKvHeads;
+    const int token = tile.begin + tile_token, head = head_group * kHeadsPerThread;
     const bool is_key = unit < key_units;
     const UnitColumns columns =
         is_key ? unit_columns(p.head_dim, p.table.rotary_dim, p.table.interleaved, kVec, unit)
                : unit_columns(p.head_dim_v, 0, false, kVec, unit - key_units);
     const Strides& from = is_key ? p.k_strides : p.v_strides;
-    HeadUnits<T, kVec, kAppendKvHeads> units_of_heads;
+    HeadUnits<T, kVec> units_of_heads;
     units_of_heads.load(static_cast<const T*>(is_key ? p.k : p.v) + tile.batch * from.batch +
                             (tile.first_row + token) * from.token + head * from.head,
                         from.head, columns, p.num_heads_kv - head);
@@ -78,7 +78,7 @@ int launch_append_kv(const AppendKvParams& p, cudaStream_t stream) {
   const bool varlen = p.cu_seqlens_new != nullptr;
   const int per_row =
       p.vectorized ? append_kv_units_per_row<kVecSize<T>>(p) : append_kv_units_per_row<1>(p);
-  const int per_token = units_per_token(p.num_heads_kv, kAppendKvHeads, per_row);
+  const int per_token = units_per_token(p.num_heads_kv, per_row);
   const int tile_tokens = tokens_per_tile(per_token, kAppendKvThreads, varlen);
   const int64_t tiles = num_token_tiles(varlen, p.batch_size, p.seqlen_new, tile_tokens);
   if (tiles == 0 || per_row == 0) return cudaSuccess;

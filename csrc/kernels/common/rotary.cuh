@@ -21,7 +21,7 @@ FA_HD constexpr int rotary_moved_dim(const RotaryParams& p) {
 }
 
 template <class T, int kVec>
-__global__ void __launch_bounds__(kRotaryThreads, kRotaryCtasPerSm)
+__global__ void __launch_bounds__(kRotaryThreads, kUnitCtasPerSm)
     rotary_kernel(const __grid_constant__ RotaryParams p, FastDiv by_token, FastDiv by_row,
                   int tile_tokens) {
   const TokenTile tile = token_tile(p.cu_seqlens, p.batch_size, p.seqlen, tile_tokens, blockIdx.x);
@@ -31,11 +31,11 @@ __global__ void __launch_bounds__(kRotaryThreads, kRotaryCtasPerSm)
   for (int i = threadIdx.x; i < units; i += kRotaryThreads) {
     const auto [tile_token, token_unit] = divide(i, by_token);
     const auto [head_group, unit] = divide(token_unit, by_row);
-    const int token = tile.begin + tile_token, head = head_group * kRotaryHeads;
+    const int token = tile.begin + tile_token, head = head_group * kHeadsPerThread;
     const int64_t row = tile.first_row + token;
     const UnitColumns columns =
         unit_columns(rotary_moved_dim(p), p.table.rotary_dim, p.table.interleaved, kVec, unit);
-    HeadUnits<T, kVec, kRotaryHeads> units_of_heads;
+    HeadUnits<T, kVec> units_of_heads;
     units_of_heads.load(static_cast<const T*>(p.x) + tile.batch * p.x_strides.batch +
                             row * p.x_strides.token + head * p.x_strides.head,
                         p.x_strides.head, columns, p.num_heads - head);
@@ -51,7 +51,7 @@ int launch_rotary(const RotaryParams& p, cudaStream_t stream) {
   const bool varlen = p.cu_seqlens != nullptr;
   const int vec = p.vectorized ? kVecSize<T> : 1;
   const int per_row = row_units(rotary_moved_dim(p), p.table.rotary_dim, vec);
-  const int per_token = units_per_token(p.num_heads, kRotaryHeads, per_row);
+  const int per_token = units_per_token(p.num_heads, per_row);
   const int tile_tokens = tokens_per_tile(per_token, kRotaryThreads, varlen);
   const int64_t tiles = num_token_tiles(varlen, p.batch_size, p.seqlen, tile_tokens);
   if (tiles == 0 || per_row == 0) return cudaSuccess;
