@@ -89,7 +89,8 @@ def read_python_library(max_bytes: int = 8_000_000) -> Corpus:
     Python gives the same text.
 
     Args:
-        max_bytes: reading stops after the file that passes this size.
+        max_bytes: reading stops after the file that passes this size, but not before there are
+            enough files to hold one out.
 
     Raises:
         FileNotFoundError: this Python has no library sources (an embedded or zipped Python).
@@ -99,7 +100,7 @@ def read_python_library(max_bytes: int = 8_000_000) -> Corpus:
     documents: list[bytes] = []
     num_bytes = 0
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        if num_bytes >= max_bytes:
+        if num_bytes >= max_bytes and len(documents) >= HELD_OUT_EVERY:
             break
         if skipped.isdisjoint(path.relative_to(root).parts):
             documents.append(path.read_bytes())

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import flash_attn_ext
-from flash_attn_ext import _load
+from flash_attn_ext import _installed, _load
 
 INFO = {
     "version": "1.2.0",
@@ -58,6 +58,8 @@ def load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
         monkeypatch.setattr(_load, "_status", None)
         monkeypatch.setattr(torch.ops, "load_library", open_library)
         monkeypatch.setattr(_load, "_foreign_kernels", lambda: False)
+        # The tests themselves may run from a source tree that was passed over.
+        monkeypatch.delitem(vars(flash_attn_ext), _installed.REDIRECTED_FROM, raising=False)
         return _load.status()
 
     return run
