@@ -2,11 +2,11 @@
 //
 //   lse = log sum_s exp(lse_s)        out = sum_s exp(lse_s - lse) * out_s
 //
-// A group of threads owns a row (one query of one head), each thread 8 columns of it. The splits are
-// walked once, as online softmax walks keys: out and sum are kept relative to the largest LSE so
-// far, so no load waits for another. Bytes bound: every partial is read once.
-// A split with lse_s == -inf saw no key: its row of out_partial is never used and may hold
-// anything, NaN included. If all are -inf, out = 0 and lse = -inf.
+// A group of threads owns a row (one query of one head), each thread 8 columns of it. The splits
+// are walked once, as online softmax walks keys: out and sum are kept relative to the largest LSE
+// so far, so no load waits for another. Bytes bound: every partial is read once. A split with lse_s
+// == -inf saw no key: its row of out_partial is never used and may hold anything, NaN included. If
+// all are -inf, out = 0 and lse = -inf.
 #pragma once
 #include <cuda_runtime.h>
 
