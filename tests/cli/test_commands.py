@@ -65,6 +65,20 @@ def test_as_a_process() -> None:
     }
 
 
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flash_attn_ext", "info"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.close()  # long before the command prints
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "BrokenPipeError" not in errors
+
+
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     out = capsys.readouterr().out
