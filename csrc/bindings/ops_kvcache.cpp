@@ -55,7 +55,6 @@ AppendKvParams append_kv_sizes(const AppendKvArgs& args) {
   if (args.page_table) {
     p.page_table_rows = to_int("page_table rows", args.page_table->size(0));
     p.page_size = p.cache_len;
-    p.max_pages = to_int("max_pages", args.page_table->size(1));
     p.cache_len = to_int("max_pages * page_size", args.page_table->size(1) * p.page_size);
   }
   return p;

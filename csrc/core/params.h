@@ -11,7 +11,7 @@
 
 namespace fa {
 
-// Raised with every change of a struct below or of plan/backend.h: a library built from other
+// Raised with every change of a struct below or of core/backend.h: a library built from other
 // sources is refused instead of being called with the wrong layout.
 constexpr uint32_t kKernelAbiVersion = 1;
 
@@ -104,7 +104,7 @@ struct AppendKvParams {
   int seqlen_new;  // new tokens of each sequence; varlen: of all together
   int num_caches;  // size of the caches' first dimension: caches, or pages when paged
   int cache_len;   // tokens that one cache holds: its length, or max_pages * page_size
-  int page_size, max_pages;
+  int page_size;   // tokens of a page; 0: not paged
   int page_table_rows;
   DType dtype;
   bool vectorized;  // rows of all tensors and both halves start at multiples of 16 bytes

@@ -1,8 +1,8 @@
 // Limits and launch geometry of the kernels that work row by row: combine, bwd_preprocess, rotary,
 // append_kv. A row is one head of one token. Kernels launch with these numbers and plans show them.
 //
-// `vec` is the number of elements that a thread moves at once: those of 16 bytes, or 1 where rows
-// are not aligned.
+// `vec` is the number of elements that a thread moves at once: those of 16 bytes (combine: 32), or
+// 1 where rows are not aligned.
 #pragma once
 #include "core/dtype.h"
 

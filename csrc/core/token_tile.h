@@ -22,8 +22,10 @@ FA_HD constexpr int tokens_per_tile(int units_per_token, int num_threads, bool v
   return max(1, (varlen ? kVarlenSteps : 1) * num_threads / max(1, units_per_token));
 }
 
-// Tiles of a launch. seqlen: of each sequence; varlen: of all together.
+// Tiles of a launch; none without sequences, whatever the tensors hold. seqlen: of each sequence;
+// varlen: of all together.
 FA_HD constexpr int64_t num_token_tiles(bool varlen, int batch_size, int seqlen, int tile_tokens) {
+  if (batch_size == 0) return 0;
   return varlen ? varlen_num_tiles(seqlen, batch_size, tile_tokens, 1)
                 : static_cast<int64_t>(ceil_div(seqlen, tile_tokens)) * batch_size;
 }

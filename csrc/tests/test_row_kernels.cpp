@@ -67,6 +67,9 @@ void test_units_of_a_row() {
 
 // Every token of every sequence belongs to one tile, fixed length and varlen.
 void test_token_tiles() {
+  // Rows that belong to no sequence: cu_seqlens[1] and lengths of "sequence 0" are not there.
+  for (bool varlen : {false, true})
+    CHECK(num_token_tiles(varlen, 0, 7, 3) == 0, "varlen=%d", varlen);
   for (const std::vector<int>& lengths :
        std::vector<std::vector<int>>{{5, 5, 5}, {0}, {7}, {3, 0, 9, 1}, {0, 0, 64}})
     for (bool varlen : {false, true})

@@ -2,8 +2,9 @@
 //
 // dS = P * (dP - delta): the backward subtracts it in place of the softmax's own Jacobian; the
 // gradient of the LSE enters here and nowhere else (FlashAttention-2, arXiv:2307.08691, alg. 2).
-// A CTA takes kRowsPerCta tokens of one head, a group of lanes one row of 16-byte chunks; the heads
-// run fastest over the grid, so that CTAs on the chip at the same time read whole DRAM pages.
+// A CTA takes a run of tokens of one head (bwd_preprocess_rows_per_cta in core/row_kernels.h), a
+// group of lanes one row of 16-byte chunks; the heads run fastest over the grid, so that CTAs on
+// the chip at the same time read whole DRAM pages.
 #pragma once
 #include <cuda_runtime.h>
 
