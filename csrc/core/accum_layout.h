@@ -48,6 +48,19 @@ FA_HD constexpr RowCol b_operand_coord(int lane, int i) {
   return {lane % 4 * 2 + i % 2 + (i / 2 ? 8 : 0), lane / 4};
 }
 
+// Which row of a 16 x 16 block of shared memory each lane hands to ldmatrix.x4, and where in it the
+// lane's 16 bytes begin (column, elements). Two orders of the four 8 x 8 matrices serve all
+// operands:
+//   by rows     (0, 0) (8, 0) (0, 8) (8, 8)   A from [row][k]; with .trans, two B from [k][n]
+//   by columns  (0, 0) (0, 8) (8, 0) (8, 8)   two B from [n][k]; with .trans, A from [k][row]
+// Then registers 0..3 are an A operand, or registers 0, 1 and 2, 3 two B operands of 8 columns.
+FA_HD constexpr RowCol ldmatrix_lane_by_rows(int lane) {
+  return {lane % 16, lane / 16 * 8};
+}
+FA_HD constexpr RowCol ldmatrix_lane_by_columns(int lane) {
+  return {lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8};
+}
+
 static_assert(accum_coord(0, 0).row == 0 && accum_coord(31, 3).row == 15);
 static_assert(accum_slot(15, 7).thread == 31 && accum_slot(15, 7).reg == 3);
 static_assert(wgmma_accum_coord(127, 3).row == 63);

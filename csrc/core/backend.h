@@ -14,6 +14,8 @@ struct Backend {
   uint32_t abi_version;  // kKernelAbiVersion of the sources it was built from
   int arch;              // 80, 89, 90
   const char* (*error_string)(int error);
+  int (*fwd)(const FwdParams& params, void* stream);
+  int (*bwd)(const BwdParams& params, void* stream);
   int (*combine)(const CombineParams& params, void* stream);
   int (*bwd_preprocess)(const BwdPreprocessParams& params, void* stream);
   int (*rotary)(const RotaryParams& params, void* stream);

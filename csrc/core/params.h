@@ -6,18 +6,83 @@
 #pragma once
 #include <cstdint>
 
+#include "core/arch.h"
 #include "core/dtype.h"
 #include "core/host_device.h"
+#include "core/seqlen.h"
 
 namespace fa {
 
 // Raised with every change of a struct below or of core/backend.h: a library built from other
 // sources is refused instead of being called with the wrong layout.
-constexpr uint32_t kKernelAbiVersion = 1;
+constexpr uint32_t kKernelAbiVersion = 2;
 
 // Strides of a [batch, token, head, dim] tensor, elements. Varlen ([total, head, dim]): batch == 0.
 struct Strides {
   int64_t batch, token, head;
+};
+
+// What attention does to the scores, the same for forward and backward.
+struct ScoreParams {
+  float softmax_scale;
+  float softcap;               // scores become softcap * tanh(score / softcap); 0: off
+  int window_left;             // keys before the diagonal; kUnbounded: all
+  int window_right;            // keys after it; 0: causal
+  int keep_threshold;          // of 256, core/philox.h; 256: no dropout
+  int64_t alibi_batch_stride;  // elements between the slopes of two sequences; 0: shared
+  const float* alibi_slopes;   // [num_heads_q] or [batch_size, num_heads_q]; nullptr: none
+  const int64_t* rng_state;    // [2] = seed, offset; nullptr iff keep_threshold == 256
+};
+
+// Attention forward: out = softmax(q k^T) v and lse.
+struct FwdParams {
+  const void* q;  // [batch_size, seqlen_q, num_heads_q, head_dim], or [total_q, ...]
+  const void* k;  // [batch_size, seqlen_k, num_heads_kv, head_dim], or [total_k, ...]
+  const void* v;  // [batch_size, seqlen_k, num_heads_kv, head_dim_v], or [total_k, ...]
+  void* out;      // [batch_size, seqlen_q, num_heads_q, head_dim_v], or [total_q, ...]
+  float* lse;     // [batch_size, num_heads_q, seqlen_q], or [num_heads_q, total_q]; contiguous
+  void* dmask;    // [batch_size, num_heads_q, dmask_rows, dmask_cols], dtype, contiguous, zeroed;
+                  // nullptr: not asked for
+
+  Strides q_strides, k_strides, v_strides, out_strides;
+  SeqlenArgs seqlens_q, seqlens_k;
+  ScoreParams score;
+
+  int batch_size, num_heads_q, num_heads_kv;
+  int head_dim, head_dim_v;  // multiples of 8; rows start at multiples of 16 bytes
+  int total_q;               // rows of q and out in all; fixed length: batch_size * seqlen_q
+  int dmask_rows, dmask_cols;
+  int sm_margin;  // SMs that a persistent kernel leaves free
+  DType dtype;
+  Arch tiles;  // which rows of core/tile_config.h to launch
+};
+
+// Attention backward: gradients of q, k, v. The kernels keep K and V and stream Q and dO, so that
+// dK and dV are complete in one CTA; dQ is added up in fp32 in dq_accum and rounded by a last
+// kernel.
+struct BwdParams {
+  const void* dout;  // [batch_size, seqlen_q, num_heads_q, head_dim_v], or [total_q, ...]
+  const void* q;     // shapes as in the forward
+  const void* k;
+  const void* v;
+  const float* lse;    // [batch_size, num_heads_q, seqlen_q], or [num_heads_q, total_q]; contiguous
+  const float* delta;  // rowsum(dout * out) - dlse, shape of lse
+  void* dq;            // shape of q; every row is written
+  void* dk;            // shape of k
+  void* dv;            // shape of v
+  float* dq_accum;     // bwd_dq_accum_elements() of core/bwd_workspace.h, zeroed
+  int* dq_semaphore;   // bwd_dq_semaphores(), zeroed; nullptr: not deterministic
+
+  Strides dout_strides, q_strides, k_strides, v_strides, dq_strides, dk_strides, dv_strides;
+  SeqlenArgs seqlens_q, seqlens_k;
+  ScoreParams score;
+
+  int batch_size, num_heads_q, num_heads_kv;
+  int head_dim, head_dim_v;  // multiples of 8; rows start at multiples of 16 bytes
+  int total_q, total_k;      // rows in all; fixed length: batch_size * seqlen
+  int sm_margin;             // SMs that a persistent kernel leaves free
+  DType dtype;
+  Arch tiles;  // which rows of core/tile_config.h to launch
 };
 
 // Merges num_splits partial results of the same rows by their LSE.

@@ -16,6 +16,7 @@ struct SeqlenArgs {
 
 struct SeqlenInfo {
   int seqlen;         // rows that attend; >= 0
+  int stored;         // rows that exist from first_row on, those past seqlen included; >= seqlen
   int leftpad;        // rows skipped at the begin
   int64_t first_row;  // first attending row, from the first row of the tensor (varlen) or of this
                       // batch entry (fixed length)
@@ -27,7 +28,8 @@ FA_HD constexpr SeqlenInfo seqlen_info(SeqlenArgs args, int batch) {
   const int stored = args.cu_seqlens ? args.cu_seqlens[batch + 1] - begin : args.max_seqlen;
   const int used = args.seqused ? min(args.seqused[batch], stored) : stored;
   const int leftpad = args.leftpad ? clamp(args.leftpad[batch], 0, max(used, 0)) : 0;
-  return {max(used, 0) - leftpad, leftpad, static_cast<int64_t>(begin) + leftpad};
+  return {max(used, 0) - leftpad, max(stored, 0) - leftpad, leftpad,
+          static_cast<int64_t>(begin) + leftpad};
 }
 
 // Element where (batch, row, head) begins in a [batch, row, head, dim] tensor with these strides

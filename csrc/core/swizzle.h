@@ -37,8 +37,24 @@ FA_HD constexpr int swizzle_32b(int row, int byte_in_row) {
   return swizzle<32>(row, byte_in_row);
 }
 
+// The same idea for whole rows of any multiple of 64 bytes, one behind the other (SM80, where no
+// hardware prescribes a pattern): chunk c of row r stands at chunk c ^ row_swizzle(r). 8 rows of
+// one column of chunks, from a multiple of 8 on, fall into 8 different bank groups.
+template <int kRowBytes>
+FA_HD constexpr int row_swizzle(int row) {
+  static_assert(kRowBytes % 64 == 0);
+  // Rows of an odd number of 64 bytes begin in either half of the banks by turns.
+  return kRowBytes % 128 == 0 ? row % 8 : row / 2 % 4;
+}
+// Byte offset of (row, byte_in_row).
+template <int kRowBytes>
+FA_HD constexpr int swizzle_row(int row, int byte_in_row) {
+  return row * kRowBytes + (byte_in_row ^ (row_swizzle<kRowBytes>(row) * kSwizzleChunkBytes));
+}
+
 static_assert(swizzle_128b(0, 32) == 32 && swizzle_128b(1, 0) == 128 + 16);
 static_assert(swizzle_64b(1, 0) == 64 && swizzle_64b(2, 0) == 128 + 16);
+static_assert(swizzle_row<256>(9, 0) == 9 * 256 + 16 && swizzle_row<192>(2, 0) == 2 * 192 + 16);
 static_assert(swizzle_32b(3, 0) == 96 && swizzle_32b(4, 0) == 128 + 16);
 
 }  // namespace fa

@@ -28,13 +28,15 @@ int append_kv(const AppendKvParams& params, void* stream);
     }                                                                                    \
   }
 
-// Defines the library's one exported symbol.
-#define FA_INSTANTIATE_BACKEND(arch)                                                      \
+// Defines the library's one exported symbol. fwd, bwd: the library's functions, or nullptr.
+#define FA_INSTANTIATE_BACKEND(arch, fwd, bwd)                                            \
   extern "C" __attribute__((visibility("default"))) const fa::Backend* fa_get_backend() { \
     static const fa::Backend backend{                                                     \
         fa::kKernelAbiVersion,                                                            \
         arch,                                                                             \
         [](int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); },    \
+        fwd,                                                                              \
+        bwd,                                                                              \
         fa::combine,                                                                      \
         fa::bwd_preprocess,                                                               \
         fa::rotary,                                                                       \

@@ -1,6 +1,6 @@
 // Approximate math in one instruction each; ftz variants, so that ptxas adds no denormal handling.
 //
-// PTX ISA, "Floating Point Instructions: ex2, lg2, rcp".
+// PTX ISA, "Floating Point Instructions: ex2, lg2, rcp, tanh".
 #pragma once
 #include "core/host_device.h"
 
@@ -24,6 +24,13 @@ FA_DEVICE float lg2_approx_ftz(float x) {
 FA_DEVICE float rcp_approx_ftz(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// tanh(x) to a relative error of 2^-11.
+FA_DEVICE float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

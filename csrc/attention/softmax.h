@@ -1,0 +1,103 @@
+// Online softmax over the accumulators of a warp, with lazy rescaling.
+//
+// FlashAttention-2, arXiv:2307.08691, algorithm 1, with one change: row_max is only a point of
+// reference. It moves when a score exceeds it by more than a factor of 2^kMaxWeightLog2, so the
+// weights of a row are at most that (256, which 16-bit types hold with full precision), and in most
+// steps neither the maximum is exchanged between lanes nor is acc_o multiplied. LSE and the output
+// do not depend on the point of reference. The first block always sets it, as -inf is below any
+// score.
+#pragma once
+#include "core/online_softmax.h"
+#include "ptx/math.h"
+#include "tile/mma_sm80.h"
+
+namespace fa {
+
+constexpr float kMaxWeightLog2 = 8.f;
+
+// Rows of one lane: row 2 m + h is row l / 4 + 8 h of band m; the four lanes of a quad share it.
+template <int kM>
+struct OnlineSoftmax {
+  static constexpr int kRows = 2 * kM;
+  float row_max[kRows];  // reference score, the same in the quad; -inf: no key kept so far
+  float row_sum[kRows];  // of the weights in this lane's columns
+  float scale_log2;      // weights are 2^(scale_log2 (score - row_max)); > 0
+  float slack;           // scores this far above row_max do not move it
+
+  FA_DEVICE explicit OnlineSoftmax(float scale) : scale_log2(scale), slack(kMaxWeightLog2 / scale) {
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      row_max[r] = -INFINITY;
+      row_sum[r] = 0.f;
+    }
+  }
+
+  // Scores become weights; acc_o and row_sum are made relative to the new row_max if it moves.
+  template <int kN, int kD>
+  FA_DEVICE void step(AccumTile<kM, kN>& acc_s, AccumTile<kM, kD>& acc_o) {
+    float tile_max[kRows];
+    bool moves = false;
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      float high = acc_s.x[r / 2][0][r % 2 * 2];
+      FA_UNROLL
+      for (int n = 0; n < kN; ++n) {
+        high = fmaxf(high, fmaxf(acc_s.x[r / 2][n][r % 2 * 2], acc_s.x[r / 2][n][r % 2 * 2 + 1]));
+      }
+      tile_max[r] = high;
+      moves |= high > row_max[r] + slack;
+    }
+    if (__any_sync(0xffffffffu, moves)) move_reference(tile_max, acc_o);
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const float offset = -finite_max(row_max[r]) * scale_log2;
+      FA_UNROLL
+      for (int n = 0; n < kN; ++n) {
+        FA_UNROLL
+        for (int i = r % 2 * 2; i < r % 2 * 2 + 2; ++i) {
+          float& weight = acc_s.x[r / 2][n][i];
+          weight = ptx::ex2_approx_ftz(fmaf(weight, scale_log2, offset));
+          row_sum[r] += weight;
+        }
+      }
+    }
+  }
+
+  // Adds up the quad's sums; call once, behind the last step.
+  FA_DEVICE void finish() {
+    FA_UNROLL
+    for (float& sum : row_sum) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    }
+  }
+
+  // LSE of a row, natural logarithm; behind finish().
+  FA_DEVICE float lse(int row) const {
+    return row_sum[row] == 0.f
+               ? -INFINITY
+               : (finite_max(row_max[row]) * scale_log2 + ptx::lg2_approx_ftz(row_sum[row])) * kLn2;
+  }
+
+ private:
+  template <int kD>
+  FA_DEVICE void move_reference(float (&tile_max)[kRows], AccumTile<kM, kD>& acc_o) {
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      float high = tile_max[r];
+      high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 1));
+      high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));
+      high = fmaxf(high, row_max[r]);
+      const float factor = ptx::ex2_approx_ftz((row_max[r] - finite_max(high)) * scale_log2);
+      row_max[r] = high;
+      row_sum[r] *= factor;
+      FA_UNROLL
+      for (int d = 0; d < kD; ++d) {
+        acc_o.x[r / 2][d][r % 2 * 2] *= factor;
+        acc_o.x[r / 2][d][r % 2 * 2 + 1] *= factor;
+      }
+    }
+  }
+};
+
+}  // namespace fa
