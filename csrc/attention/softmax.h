@@ -45,7 +45,7 @@ struct OnlineSoftmax {
         high = fmaxf(high, fmaxf(acc_s.x[r / 2][n][r % 2 * 2], acc_s.x[r / 2][n][r % 2 * 2 + 1]));
       }
       tile_max[r] = high;
-      moves |= high > row_max[r] + slack;
+      moves |= (high - row_max[r]) * scale_log2 > kMaxWeightLog2;  // false for -inf - -inf
     }
     if (__any_sync(0xffffffffu, moves)) move_reference(tile_max, acc_o);
     FA_UNROLL

@@ -1,0 +1,112 @@
+// What changes scores beyond scale and mask: softcap, ALiBi, dropout. docs/numerics.md has the
+// formulas.
+//
+// Kernels without any of them fold the scale into the exponential; these work in log2 units, so
+// that the weight of a score is 2^(score - row_max), whatever the sign of softmax_scale.
+#pragma once
+#include "attention/apply_mask.h"
+#include "core/online_softmax.h"
+#include "core/params.h"
+#include "core/philox.h"
+#include "ptx/math.h"
+
+namespace fa {
+
+// Whether a problem needs a kernel with these steps. A scale that is not positive does, because the
+// plain softmax compares unscaled scores.
+FA_HD constexpr bool has_score_mod(const ScoreParams& p) {
+  return p.softcap != 0.f || p.alibi_slopes != nullptr || p.keep_threshold < 256 ||
+         !(p.softmax_scale > 0.f);
+}
+
+// The constants of one head. A CTA keeps them in shared memory.
+struct ScoreMod {
+  float inner_scale;  // of q k^T; with softcap, the argument of tanh
+  float outer_scale;  // of tanh, log2 units; 0: no softcap
+  float slope;        // log2 units for a distance of one key
+  int diag_shift;     // key on the diagonal of query 0: seqlen_k - seqlen_q
+  int keep_threshold;
+  uint32_t batch_head;
+  uint64_t seed, offset;
+
+  static FA_DEVICE ScoreMod of(const ScoreParams& p, MaskSpec mask, int batch, int head,
+                               int num_heads) {
+    const bool capped = p.softcap != 0.f, drops = p.keep_threshold < 256;
+    ScoreMod mod;
+    mod.inner_scale = capped ? p.softmax_scale / p.softcap : p.softmax_scale * kLog2e;
+    mod.outer_scale = p.softcap * kLog2e;
+    mod.slope = p.alibi_slopes == nullptr
+                    ? 0.f
+                    : p.alibi_slopes[batch * p.alibi_batch_stride + head] * kLog2e;
+    mod.diag_shift = mask.seqlen_k - mask.seqlen_q;
+    mod.keep_threshold = p.keep_threshold;
+    mod.batch_head = static_cast<uint32_t>(batch) * num_heads + head;
+    mod.seed = drops ? static_cast<uint64_t>(p.rng_state[0]) : 0;
+    mod.offset = drops ? static_cast<uint64_t>(p.rng_state[1]) : 0;
+    return mod;
+  }
+
+  // Raw q k^T becomes scores in log2 units.
+  template <int kM, int kN>
+  FA_DEVICE void score(AccumTile<kM, kN>& acc_s, ScoreOrigin origin, int lane) const {
+    FA_UNROLL
+    for (auto& band : acc_s.x) {
+      FA_UNROLL
+      for (auto& column : band) {
+        FA_UNROLL
+        for (float& x : column) x *= inner_scale;
+      }
+    }
+    if (outer_scale != 0.f) {
+      FA_UNROLL
+      for (auto& band : acc_s.x) {
+        FA_UNROLL
+        for (auto& column : band) {
+          FA_UNROLL
+          for (float& x : column) x = outer_scale * ptx::tanh_approx(x);
+        }
+      }
+    }
+    if (slope != 0.f) add_alibi(acc_s, origin, lane);
+  }
+
+  // Calls visit(m, n, reg, kept) for every element; first_row, first_col of origin are multiples of
+  // 16 and 32.
+  template <int kM, int kN, class Visit>
+  FA_DEVICE void for_each_kept(ScoreOrigin origin, int lane, Visit visit) const {
+    static_assert(kN % 4 == 0, "32 columns share one call of Philox");
+    FA_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      FA_UNROLL
+      for (int n = 0; n < kN; n += 4) {
+        const Philox4 bytes =
+            dropout_bytes(seed, offset, batch_head,
+                          static_cast<uint32_t>(origin.first_row / kDropoutTileRows + m),
+                          static_cast<uint32_t>(origin.first_col / kDropoutTileCols + n / 4), lane);
+        FA_UNROLL
+        for (int reg = 0; reg < 16; ++reg)
+          visit(m, n + reg / 4, reg % 4, philox_byte(bytes, reg) < keep_threshold);
+      }
+    }
+  }
+
+ private:
+  template <int kM, int kN>
+  FA_DEVICE void add_alibi(AccumTile<kM, kN>& acc_s, ScoreOrigin origin, int lane) const {
+    FA_UNROLL
+    for (int r = 0; r < 2 * kM; ++r) {
+      const int diag = origin.first_row + r * 8 + lane / 4 + diag_shift;
+      // Distance of this lane's first column; an exact float, as positions are below 2^24 apart
+      // wherever the bias does not vanish.
+      const float first = static_cast<float>(origin.first_col + lane % 4 * 2 - diag);
+      FA_UNROLL
+      for (int n = 0; n < kN; ++n) {
+        FA_UNROLL
+        for (int i = 0; i < 2; ++i)
+          acc_s.x[r / 2][n][r % 2 * 2 + i] -= slope * fabsf(first + static_cast<float>(n * 8 + i));
+      }
+    }
+  }
+};
+
+}  // namespace fa

@@ -1,0 +1,24 @@
+// Launch helpers of the kernels that need more shared memory than a CTA has without asking.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstdint>
+
+namespace fa {
+
+// Lets kKernel use smem_bytes of dynamic shared memory on the current device; asks CUDA once a
+// device (up to 64 of them).
+template <auto kKernel>
+cudaError_t allow_dynamic_smem(int smem_bytes) {
+  static std::atomic<uint64_t> allowed{0};  // bit: device
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  if (error != cudaSuccess || allowed.load(std::memory_order_relaxed) & bit) return error;
+  error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+  if (error == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+
+}  // namespace fa
