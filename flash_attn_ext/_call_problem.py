@@ -125,6 +125,7 @@ def _query_sizes(q: Any, call: dict[str, Any]) -> dict[str, Any]:
     cu_seqlens = call.get("cu_seqlens_q")
     if cu_seqlens is None:
         batch_size, seqlen_q, num_heads_q, head_dim = _ranked_shape("q", q, _checks.Q_FIXED)
+        total = 0
         varlen = call.get("seqused_k") is not None
     else:
         total, num_heads_q, head_dim = _ranked_shape("q", q, _checks.Q_VARLEN)
@@ -134,6 +135,7 @@ def _query_sizes(q: Any, call: dict[str, Any]) -> dict[str, Any]:
     return {
         "batch_size": batch_size,
         "seqlen_q": seqlen_q,
+        "total_q": total,
         "num_heads_q": num_heads_q,
         "head_dim": head_dim,
         "varlen": varlen,
@@ -143,7 +145,7 @@ def _query_sizes(q: Any, call: dict[str, Any]) -> dict[str, Any]:
 def _key_sizes(form: str, k: Any, v: Any, call: dict[str, Any]) -> dict[str, Any]:
     page_table = call.get("page_table")
     page_table = call.get("block_table") if page_table is None else page_table
-    page_size = 0
+    page_size = total = 0
     if page_table is not None:
         _, page_size, num_heads_kv, _ = _ranked_shape("k", k, _checks.K_PAGED)
         seqlen_k = call.get("max_seqlen_k") or page_size * _shape("page_table", page_table)[-1]
@@ -156,6 +158,7 @@ def _key_sizes(form: str, k: Any, v: Any, call: dict[str, Any]) -> dict[str, Any
         _, seqlen_k, num_heads_kv, _ = _ranked_shape("k", k, _checks.K_FIXED)
     return {
         "seqlen_k": int(seqlen_k),
+        "total_k": total,
         "num_heads_kv": num_heads_kv,
         "head_dim_v": _shape("v", v)[-1],
         "page_size": page_size,

@@ -41,6 +41,10 @@ class Step:
         library: kernel library that has it, such as "_sm90".
         tile: (rows, columns) that are computed together: query rows and keys in attention, rows and
             their elements elsewhere; None if unknown.
+        tiles: architecture whose tile sizes the kernel runs with, such as "sm89" for a kernel of
+            _sm80 on a GPU with 99 KB of shared memory.
+        copies_rows: whether attention copies tensors first, because head_dim is not a multiple of 8
+            or rows do not begin at multiples of 16 bytes.
         num_threads: threads of a CTA.
         num_ctas: CTAs of the launch.
         num_stages: buffers in flight.
@@ -55,6 +59,8 @@ class Step:
     kernel: str | None = None
     library: str | None = None
     tile: tuple[int, int] | None = None
+    tiles: str | None = None
+    copies_rows: bool = False
     num_threads: int | None = None
     num_ctas: int | None = None
     num_stages: int | None = None
@@ -67,10 +73,13 @@ class Step:
         """The step on one line, then each reason on its own."""
         tile = "" if self.tile is None else f", tile {self.tile[0]} x {self.tile[1]}"
         if self.backend == KERNEL:
+            if self.tiles is not None and self.library != f"_{self.tiles}":
+                tile += f" of {self.tiles}"
             what = (
                 f"kernel {self.kernel} of {self.library}{tile}, {self.num_threads} threads, "
                 f"{self.num_ctas} CTAs, {self.num_stages} stage(s), {self.num_splits} split(s), "
                 f"{self.smem_bytes} B of shared memory, workspace {self.workspace_bytes} B"
+                f"{', copies rows first' if self.copies_rows else ''}"
             )
         elif self.backend == TORCH_TILED:
             what = f"PyTorch operations (backends/torch_tiled.py){tile}"
@@ -185,8 +194,8 @@ def _plan(problem: dict[str, Any], device: str | dict[str, int] | None, built: l
     if not found.pop("ok"):
         return dataclasses.replace(in_torch, reasons=reasons)
     found.pop("arch")
-    found.pop("vectorized")
-    return Step(family, KERNEL, reasons=reasons, **found)
+    copies_rows = not found.pop("vectorized") and family in ("fwd", "bwd")
+    return Step(family, KERNEL, reasons=reasons, copies_rows=copies_rows, **found)
 
 
 def _op_steps(
@@ -212,6 +221,24 @@ def _cuda_facts(device: torch.device) -> dict[str, int]:
     }
 
 
+def _smem_limit() -> int | None:
+    """Bytes of FLASH_ATTN_EXT_SMEM_KB, by the rule of csrc/bindings/device.cpp."""
+    text = os.environ.get("FLASH_ATTN_EXT_SMEM_KB", "")
+    if not text:
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= 1024:
+        raise ValueError(f"FLASH_ATTN_EXT_SMEM_KB={text}: expected a number of KB, 1 to 1024")
+    return int(text) * 1024
+
+
+def _limited(facts: dict[str, int]) -> dict[str, int]:
+    """The facts of a device with the shared memory that FLASH_ATTN_EXT_SMEM_KB leaves."""
+    limit = _smem_limit()
+    if limit is None:
+        return facts
+    return {**facts, "max_smem_bytes": min(limit, facts["max_smem_bytes"])}
+
+
 def _target(q: Any, arch: str | None) -> tuple[str | dict[str, int] | None, str]:
     """The device for make_plan and its description; None: not a CUDA device."""
     if arch is not None:
@@ -221,9 +248,10 @@ def _target(q: Any, arch: str | None) -> tuple[str | dict[str, int] | None, str]
         devices = module.devices()
         if arch not in devices:
             raise ValueError(_checks.message("arch", repr(arch), f"one of {', '.join(devices)}"))
-        return arch, _describe(arch, devices[arch])
+        facts = _limited(devices[arch])
+        return arch if facts == devices[arch] else facts, _describe(arch, facts)
     if isinstance(q, Tensor) and q.is_cuda:
-        facts = _cuda_facts(q.device)
+        facts = _limited(_cuda_facts(q.device))
         return facts, _describe(torch.cuda.get_device_name(q.device), facts)
     if isinstance(q, Tensor):
         return None, q.device.type
@@ -253,6 +281,9 @@ def _built(arch: str | None) -> tuple[list[str], list[str]]:
     if forced:
         built = [name for name in built if name == forced]
         notes.append(f"FLASH_ATTN_EXT_ARCH={forced} leaves only that library")
+    limit = _smem_limit()
+    if limit is not None:
+        notes.append(f"FLASH_ATTN_EXT_SMEM_KB leaves a CTA {limit // 1024} KB at most")
     return built, notes
 
 

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 
 namespace fa {
@@ -84,6 +85,19 @@ const Backend* load_backend(Arch arch) {
   return backend;
 }
 
+// FLASH_ATTN_EXT_SMEM_KB in bytes, or `all` without it. Read at every call, like the other
+// switches.
+int smem_limit(int all) {
+  const char* text = std::getenv("FLASH_ATTN_EXT_SMEM_KB");
+  if (text == nullptr || text[0] == '\0') return all;
+  char* end = nullptr;
+  const long kb = std::strtol(text, &end, 10);
+  STD_TORCH_CHECK(*end == '\0' && kb > 0 && kb <= 1024,
+                  "flash_attn_ext: FLASH_ATTN_EXT_SMEM_KB=", text,
+                  ": expected a number of KB, 1 to 1024");
+  return min(all, static_cast<int>(kb) * 1024);
+}
+
 std::mutex& state_mutex() {
   static std::mutex mutex;
   return mutex;
@@ -100,14 +114,19 @@ void* current_stream(int device_index) {
   return stream;
 }
 
-const DeviceFacts& device_facts(int device_index) {
+DeviceFacts device_facts(int device_index) {
   static std::array<std::unique_ptr<DeviceFacts>, 64> facts;
   STD_TORCH_CHECK(0 <= device_index && device_index < static_cast<int>(facts.size()),
                   "flash_attn_ext: CUDA device index ", device_index, ", expected 0 .. 63");
-  const std::lock_guard<std::mutex> lock(state_mutex());
-  if (!facts[device_index])
-    facts[device_index] = std::make_unique<DeviceFacts>(query_device(device_index));
-  return *facts[device_index];
+  DeviceFacts found;
+  {
+    const std::lock_guard<std::mutex> lock(state_mutex());
+    if (!facts[device_index])
+      facts[device_index] = std::make_unique<DeviceFacts>(query_device(device_index));
+    found = *facts[device_index];
+  }
+  found.max_smem_bytes = smem_limit(found.max_smem_bytes);
+  return found;
 }
 
 ArchSet usable_archs() {
@@ -136,9 +155,9 @@ const Backend& open_backend(Arch arch) {
 }
 
 PlannedKernel plan_kernel(const Problem& problem, int device_index) {
-  PlanResult result = make_plan(problem, device_facts(device_index), usable_archs());
-  if (!result.ok) return {nullptr, {}};
-  return {&open_backend(result.plan.arch), std::move(result.plan)};
+  const std::optional<Plan> plan = find_plan(problem, device_facts(device_index), usable_archs());
+  if (!plan) return {};
+  return {&open_backend(plan->arch), *plan};
 }
 
 }  // namespace fa

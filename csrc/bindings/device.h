@@ -7,7 +7,8 @@
 namespace fa {
 
 // Facts of a CUDA device, read once through the driver (the binder links no CUDA runtime).
-const DeviceFacts& device_facts(int device_index);
+// FLASH_ATTN_EXT_SMEM_KB=99 leaves a CTA only as much shared memory, as on a smaller GPU.
+DeviceFacts device_facts(int device_index);
 
 // Libraries that a plan may choose: those beside the binder. FLASH_ATTN_EXT_ARCH=sm80 leaves only
 // that one, FLASH_ATTN_EXT_BACKEND=tiled none.
@@ -19,7 +20,7 @@ const Backend& open_backend(Arch arch);
 
 // A plan and the library it names.
 struct PlannedKernel {
-  const Backend* backend;  // nullptr: no kernel takes the problem, the tiled backend computes it
+  const Backend* backend = nullptr;  // no kernel takes the problem, the tiled backend computes it
   Plan plan;
 };
 PlannedKernel plan_kernel(const Problem& problem, int device_index);

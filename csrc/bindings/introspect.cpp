@@ -71,6 +71,8 @@ const std::map<std::string, Setter>& problem_fields() {
       {"batch_size", set_field<&Problem::batch_size>},
       {"seqlen_q", set_field<&Problem::seqlen_q>},
       {"seqlen_k", set_field<&Problem::seqlen_k>},
+      {"total_q", set_field<&Problem::total_q>},
+      {"total_k", set_field<&Problem::total_k>},
       {"num_heads_q", set_field<&Problem::num_heads_q>},
       {"num_heads_kv", set_field<&Problem::num_heads_kv>},
       {"window_left", set_field<&Problem::window_left>},
@@ -144,9 +146,10 @@ py::dict plan_to_dict(const py::dict& problem, const py::object& device,
   py::dict d(py::arg("ok") = result.ok, py::arg("reasons") = result.reasons);
   if (!result.ok) return d;
   const Plan& plan = result.plan;
-  d["kernel"] = plan.kernel;
+  d["kernel"] = instances()[plan.instance].name();
   d["library"] = std::string("_") + arch_name(plan.arch);
   d["arch"] = arch_name(plan.arch);
+  d["tiles"] = arch_name(plan.tiles);
   d["tile"] = py::make_tuple(plan.tile_m, plan.tile_n);
   d["num_stages"] = plan.num_stages;
   d["num_threads"] = plan.num_threads;

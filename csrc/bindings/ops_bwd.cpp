@@ -1,75 +1,173 @@
-// Ops of the backward: bwd_preprocess.
-#include "bindings/device.h"
-#include "bindings/stable_torch.h"
-#include "bindings/tensor_checks.h"
+// Ops of the attention backward: bwd and varlen_bwd.
+#include "bindings/aligned_rows.h"
+#include "bindings/attention_args.h"
+#include "bindings/bwd_preprocess.h"
+#include "core/bwd_workspace.h"
+#include "core/tile_config.h"
 
 namespace fa {
 namespace {
 
-// out, dout: [batch, seqlen, heads, head_dim_v] or varlen [total, heads, head_dim_v];
-// dlse and the returned delta: [batch, heads, seqlen] or varlen [heads, total].
-Tensor bwd_preprocess(const Tensor& out, const Tensor& dout, const OptionalTensor& dlse) {
-  const int64_t rank = out.dim();
-  FA_CHECK(rank == 3 || rank == 4, "out: got ", rank,
-           " dimensions, expected [batch, seqlen, heads, head_dim] or [total, heads, head_dim]");
-  check_tensor("out", out, out, rank);
-  check_tensor("dout", dout, out, rank);
-  check_dtype("dout", dout, out.scalar_type());
-  for (int64_t i = 0; i < rank; ++i) check_size("dout", dout, i, out.size(i));
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // of q, k, v
 
-  const bool varlen = rank == 3;
-  const std::optional<DType> dtype = dtype_of(out.scalar_type());
-  Problem problem;
-  problem.family = Family::kBwdPreprocess;
-  problem.dtype = dtype.value_or(DType::kFloat64);
-  problem.head_dim = problem.head_dim_v = to_int("head_dim", out.size(rank - 1));
-  problem.batch_size = varlen ? 1 : to_int("batch", out.size(0));
-  problem.seqlen_q = to_int("seqlen", out.size(rank - 3));
-  problem.num_heads_q = problem.num_heads_kv = to_int("heads", out.size(rank - 2));
-  problem.varlen = varlen;
-  problem.alignment_bytes = rows_aligned(out, 16) && rows_aligned(dout, 16) ? 16 : 1;
-  const PlannedKernel kernel = plan_kernel(problem, out.get_device_index());
-  if (kernel.backend == nullptr) {
-    return call_tiled<Tensor>("flash_attn_ext::bwd_preprocess", out, dout, dlse);
-  }
+struct BwdArgs {
+  const Tensor &dout, &out, &lse;
+  const OptionalTensor& dlse;
+  AttentionArgs attention;
+  bool deterministic;
+  int64_t sm_margin;
+};
 
-  BwdPreprocessParams p{};
-  if (dlse) {
-    check_dtype("dlse", *dlse, ScalarType::Float);
-    FA_CHECK(dlse->dim() == rank - 1 && dlse->is_cuda() &&
-                 dlse->get_device_index() == out.get_device_index(),
-             "dlse: got ", dlse->dim(), " dimensions or another device, expected ", rank - 1,
-             " on the device of out");
-    if (!varlen) check_size("dlse", *dlse, 0, problem.batch_size);
-    check_size("dlse", *dlse, rank - 3, problem.num_heads_q);
-    check_size("dlse", *dlse, rank - 2, problem.seqlen_q);
-    p.dlse = static_cast<const float*>(dlse->data_ptr());
-    p.dlse_batch_stride = varlen ? 0 : dlse->stride(0);
-    p.dlse_head_stride = dlse->stride(rank - 3);
-    p.dlse_token_stride = dlse->stride(rank - 2);
+void check_results(const BwdArgs& args, const Problem& p) {
+  const AttentionArgs& a = args.attention;
+  const int64_t rank = a.q.dim();
+  const auto check_like_out = [&](const char* name, const Tensor& t) {
+    check_place(name, t, a.q, rank);
+    check_dtype(name, t, a.q.scalar_type());
+    for (int64_t i = 0; i + 1 < rank; ++i) check_size(name, t, i, a.q.size(i));
+    check_size(name, t, rank - 1, p.head_dim_v);
+  };
+  check_like_out("dout", args.dout);
+  check_like_out("out", args.out);
+  check_place("lse", args.lse, a.q, rank - 1);
+  check_dtype("lse", args.lse, ScalarType::Float);
+  if (!p.varlen) check_size("lse", args.lse, 0, p.batch_size);
+  check_size("lse", args.lse, rank - 3, p.num_heads_q);
+  check_size("lse", args.lse, rank - 2, p.varlen ? p.total_q : p.seqlen_q);
+}
+
+// The kernel adds dQ up in fp32, in tiles of its own.
+struct Workspace {
+  Tensor dq_accum;
+  OptionalTensor dq_semaphore;
+};
+
+Workspace new_workspace(const Tensor& q, const Problem& p, int tile_m) {
+  const int64_t rows = bwd_dq_accum_rows(p.varlen, p.batch_size, p.seqlen_q, p.total_q, tile_m);
+  const int built = built_head_dim(max(p.head_dim, p.head_dim_v));
+  Workspace w{torch::stable::new_zeros(q, {bwd_dq_accum_elements(rows, p.num_heads_q, built)},
+                                       ScalarType::Float),
+              std::nullopt};
+  if (p.deterministic)
+    w.dq_semaphore = torch::stable::new_zeros(q, {bwd_dq_semaphores(rows, p.num_heads_q, tile_m)},
+                                              ScalarType::Int);
+  return w;
+}
+
+Tensor contiguous_rows(const Tensor& t) {
+  return t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+Gradients launch_bwd(const PlannedKernel& kernel, const BwdArgs& args, const Problem& problem) {
+  const AttentionArgs& a = args.attention;
+  check_results(args, problem);
+  if (a.q.numel() == 0 || a.k.numel() == 0) {  // nobody sees a key
+    const auto zeros = [](const Tensor& t) { return torch::stable::new_zeros(t, t.sizes()); };
+    return {zeros(a.q), zeros(a.k), zeros(a.v)};
   }
-  std::array<int64_t, 3> size{problem.batch_size, problem.num_heads_q, problem.seqlen_q};
-  Tensor delta = torch::stable::new_empty(
-      out, {size.data() + (varlen ? 1 : 0), varlen ? size_t{2} : size_t{3}}, ScalarType::Float);
-  if (delta.numel() == 0) return delta;
-  p.out = out.data_ptr();
+  BwdParams p{};
+  fill_common(p, a, problem, kernel.plan);
+  p.total_k = problem.varlen ? problem.total_k : problem.batch_size * problem.seqlen_k;
+  p.sm_margin = to_int("sm_margin", args.sm_margin);
+
+  const Tensor lse = args.lse.is_contiguous() ? args.lse : torch::stable::contiguous(args.lse);
+  const Tensor contiguous_dout = contiguous_rows(args.dout);
+  const Tensor delta = bwd_preprocess(contiguous_rows(args.out), contiguous_dout, args.dlse);
+  const Workspace workspace = new_workspace(a.q, problem, kernel.plan.tile_m);
+  p.lse = static_cast<const float*>(lse.data_ptr());
+  p.delta = static_cast<const float*>(delta.data_ptr());
+  p.dq_accum = static_cast<float*>(workspace.dq_accum.data_ptr());
+  if (workspace.dq_semaphore)
+    p.dq_semaphore = static_cast<int*>(workspace.dq_semaphore->data_ptr());
+
+  const Tensor dout = readable_rows(contiguous_dout);
+  const Tensor q = readable_rows(a.q), k = readable_rows(a.k), v = readable_rows(a.v);
+  Tensor dq = torch::stable::new_empty(a.q, a.q.sizes());
+  Tensor dk = torch::stable::new_empty(a.k, a.k.sizes());
+  Tensor dv = torch::stable::new_empty(a.v, a.v.sizes());
+  Tensor written_dq = writable_rows(dq), written_dk = writable_rows(dk),
+         written_dv = writable_rows(dv);
   p.dout = dout.data_ptr();
-  p.delta = static_cast<float*>(delta.data_ptr());
-  p.out_strides = strides_of(out);
+  p.q = q.data_ptr();
+  p.k = k.data_ptr();
+  p.v = v.data_ptr();
+  p.dq = written_dq.data_ptr();
+  p.dk = written_dk.data_ptr();
+  p.dv = written_dv.data_ptr();
   p.dout_strides = strides_of(dout);
-  p.batch_size = problem.batch_size;
-  p.seqlen = problem.seqlen_q;
-  p.num_heads = problem.num_heads_q;
-  p.head_dim_v = problem.head_dim_v;
-  p.dtype = *dtype;
-  p.vectorized = kernel.plan.vectorized;
-  launch(*kernel.backend, kernel.backend->bwd_preprocess, p, out.get_device_index());
-  return delta;
+  p.q_strides = strides_of(q);
+  p.k_strides = strides_of(k);
+  p.v_strides = strides_of(v);
+  p.dq_strides = strides_of(written_dq);
+  p.dk_strides = strides_of(written_dk);
+  p.dv_strides = strides_of(written_dv);
+  launch(*kernel.backend, kernel.backend->bwd, p, a.device_index());
+  store_rows(written_dq, dq);
+  store_rows(written_dk, dk);
+  store_rows(written_dv, dv);
+  return {dq, dk, dv};
+}
+
+Problem bwd_problem(const BwdArgs& args) {
+  Problem problem = attention_problem(Family::kBwd, args.attention);
+  problem.deterministic = args.deterministic;
+  return problem;
+}
+
+// The kernel for a problem; without a backend if its library has none.
+PlannedKernel plan_bwd(const Problem& problem, int device_index) {
+  const PlannedKernel kernel = plan_kernel(problem, device_index);
+  return kernel.backend && kernel.backend->bwd ? kernel : PlannedKernel{};
+}
+
+Gradients bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+              const Tensor& out, const Tensor& lse, const OptionalTensor& dlse,
+              const OptionalTensor& alibi_slopes, const OptionalTensor& rng_state,
+              double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
+              double dropout_p, bool deterministic, int64_t sm_margin) {
+  const ScoreArgs scores{alibi_slopes, rng_state, softmax_scale, window_left,
+                         window_right, softcap,   dropout_p};
+  const BwdArgs args{dout,          out,      lse, dlse, {q, k, v, nullptr, nullptr, scores},
+                     deterministic, sm_margin};
+  const Problem problem = bwd_problem(args);
+  const PlannedKernel kernel = plan_bwd(problem, q.get_device_index());
+  if (kernel.backend == nullptr) {
+    return call_tiled<Gradients>("flash_attn_ext::bwd", dout, q, k, v, out, lse, dlse, alibi_slopes,
+                                 rng_state, softmax_scale, window_left, window_right, softcap,
+                                 dropout_p, deterministic, sm_margin);
+  }
+  return launch_bwd(kernel, args, problem);
+}
+
+Gradients varlen_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const Tensor& out, const Tensor& lse, const OptionalTensor& dlse,
+                     const Tensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                     const OptionalTensor& seqused_q, const OptionalTensor& seqused_k,
+                     int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& alibi_slopes,
+                     const OptionalTensor& rng_state, double softmax_scale, int64_t window_left,
+                     int64_t window_right, double softcap, double dropout_p, bool deterministic,
+                     int64_t sm_margin) {
+  const LengthArgs lengths{cu_seqlens_q, cu_seqlens_k, seqused_q,
+                           seqused_k,    max_seqlen_q, max_seqlen_k};
+  const ScoreArgs scores{alibi_slopes, rng_state, softmax_scale, window_left,
+                         window_right, softcap,   dropout_p};
+  const BwdArgs args{dout,          out,      lse, dlse, {q, k, v, &lengths, nullptr, scores},
+                     deterministic, sm_margin};
+  const Problem problem = bwd_problem(args);
+  const PlannedKernel kernel = plan_bwd(problem, q.get_device_index());
+  if (kernel.backend == nullptr) {
+    return call_tiled<Gradients>("flash_attn_ext::varlen_bwd", dout, q, k, v, out, lse, dlse,
+                                 cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q,
+                                 max_seqlen_k, alibi_slopes, rng_state, softmax_scale, window_left,
+                                 window_right, softcap, dropout_p, deterministic, sm_margin);
+  }
+  return launch_bwd(kernel, args, problem);
 }
 
 }  // namespace
 }  // namespace fa
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_ext, CUDA, m) {
-  m.impl("bwd_preprocess", TORCH_BOX(&fa::bwd_preprocess));
+  m.impl("bwd", TORCH_BOX(&fa::bwd));
+  m.impl("varlen_bwd", TORCH_BOX(&fa::varlen_bwd));
 }

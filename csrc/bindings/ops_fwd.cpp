@@ -1,125 +1,188 @@
-// Ops of the forward: combine and combine_out.
-#include "bindings/device.h"
-#include "bindings/stable_torch.h"
-#include "bindings/tensor_checks.h"
+// Ops of the attention forward: fwd, varlen_fwd, and their forms that write into a given `out`.
+#include "bindings/aligned_rows.h"
+#include "bindings/attention_args.h"
 
 namespace fa {
 namespace {
 
-// Partial tensors of [splits, batch, token, head, dim], or varlen [splits, token, head, dim].
-struct CombineShape {
-  bool varlen;
-  int num_splits, batch_size, seqlen, num_heads, head_dim_v;
+constexpr int kDmaskStep = 128;  // rows and columns of dmask are multiples of it
+
+struct FwdArgs {
+  AttentionArgs attention;
+  bool return_dmask;
+  int64_t num_splits, sm_margin;
+
+  // The tiled overload of op `name`: `head`, then the arguments that all four ops end with.
+  template <class Ret, class... Head>
+  Ret call_tiled(const char* name, const Head&... head) const {
+    const ScoreArgs& s = attention.scores;
+    return fa::call_tiled<Ret>(name, head..., s.alibi_slopes, s.rng_state, s.softmax_scale,
+                               s.window_left, s.window_right, s.softcap, s.dropout_p, return_dmask,
+                               num_splits, sm_margin);
+  }
 };
 
-CombineShape combine_shape(const Tensor& out_partial, const Tensor& lse_partial) {
-  const int64_t rank = out_partial.dim();
-  FA_CHECK(rank == 4 || rank == 5, "out_partial: got ", rank,
-           " dimensions, expected [splits, batch, seqlen, heads, head_dim] or "
-           "[splits, total, heads, head_dim]");
-  check_tensor("out_partial", out_partial, out_partial, rank);
-  check_dtype("out_partial", out_partial, ScalarType::Float);
-  check_dtype("lse_partial", lse_partial, ScalarType::Float);
-  FA_CHECK(lse_partial.dim() == rank - 1, "lse_partial: got ", lse_partial.dim(),
-           " dimensions, expected ", rank - 1);
-  FA_CHECK(
-      lse_partial.is_cuda() && lse_partial.get_device_index() == out_partial.get_device_index(),
-      "lse_partial: got another device than out_partial");
-  for (int64_t i = 0; i + 1 < rank; ++i)
-    check_size("lse_partial", lse_partial, i, out_partial.size(i));
-  const bool varlen = rank == 4;
-  return {varlen,
-          to_int("splits", out_partial.size(0)),
-          varlen ? 1 : to_int("batch", out_partial.size(1)),
-          to_int("seqlen", out_partial.size(rank - 3)),
-          to_int("heads", out_partial.size(rank - 2)),
-          to_int("head_dim", out_partial.size(rank - 1))};
-}
-
-PlannedKernel plan_combine(const CombineShape& shape, const Tensor& out_partial,
-                           std::optional<DType> out_dtype, bool aligned) {
-  if (!out_dtype) return {};
+struct FwdKernel {
   Problem problem;
-  problem.family = Family::kCombine;
-  problem.dtype = *out_dtype;
-  problem.head_dim = problem.head_dim_v = shape.head_dim_v;
-  problem.batch_size = shape.batch_size;
-  problem.seqlen_q = shape.seqlen;
-  problem.num_heads_q = problem.num_heads_kv = shape.num_heads;
-  problem.num_splits = shape.num_splits;
-  problem.varlen = shape.varlen;
-  problem.alignment_bytes = aligned ? 16 : 4;
-  return plan_kernel(problem, out_partial.get_device_index());
+  PlannedKernel planned;
+  explicit operator bool() const { return planned.backend && planned.backend->fwd; }
+};
+
+FwdKernel plan_fwd(const FwdArgs& args) {
+  Problem problem = attention_problem(Family::kFwd, args.attention);
+  problem.num_splits = to_int("num_splits", args.num_splits);
+  return {problem, plan_kernel(problem, args.attention.device_index())};
 }
 
-// Launches into `out`; returns lse.
-Tensor launch_combine(const PlannedKernel& kernel, const CombineShape& shape,
-                      const Tensor& out_partial, const Tensor& lse_partial, const Tensor& out) {
-  // lse: the shape of one split of lse_partial.
-  std::array<int64_t, 3> lse_size{shape.batch_size, shape.seqlen, shape.num_heads};
-  Tensor lse = torch::stable::new_empty(lse_partial, {lse_size.data() + (shape.varlen ? 1 : 0),
-                                                      shape.varlen ? size_t{2} : size_t{3}});
-  if (lse.numel() == 0) return lse;
+Tensor new_out(const Tensor& q, const Tensor& v) {
+  std::array<int64_t, 4> size{};
+  const int64_t rank = q.dim();
+  for (int64_t i = 0; i + 1 < rank; ++i) size[i] = q.size(i);
+  size[rank - 1] = v.size(v.dim() - 1);
+  return torch::stable::new_empty(q, {size.data(), static_cast<size_t>(rank)});
+}
 
-  const int b = shape.varlen ? 0 : 1;  // dimensions before the token, beside the splits
-  CombineParams p{};
-  p.out_partial = static_cast<const float*>(out_partial.data_ptr());
-  p.lse_partial = static_cast<const float*>(lse_partial.data_ptr());
-  p.out = out.data_ptr();
+// fp32, [batch, heads, seqlen_q] or [heads, total_q].
+Tensor new_lse(const Tensor& q, const Problem& p) {
+  if (p.varlen) return torch::stable::new_empty(q, {p.num_heads_q, p.total_q}, ScalarType::Float);
+  return torch::stable::new_empty(q, {p.batch_size, p.num_heads_q, p.seqlen_q}, ScalarType::Float);
+}
+
+// lse and dmask of a launch into `out`.
+std::tuple<Tensor, Tensor> launch_fwd(const FwdKernel& kernel, const FwdArgs& args,
+                                      const Tensor& out) {
+  const AttentionArgs& a = args.attention;
+  const Problem& problem = kernel.problem;
+  FwdParams p{};
+  fill_common(p, a, problem, kernel.planned.plan);
+  p.sm_margin = to_int("sm_margin", args.sm_margin);
+
+  Tensor lse = new_lse(a.q, problem);
   p.lse = static_cast<float*>(lse.data_ptr());
-  p.out_partial_split_stride = out_partial.stride(0);
-  p.out_partial_strides = {b ? out_partial.stride(1) : 0, out_partial.stride(1 + b),
-                           out_partial.stride(2 + b)};
-  p.lse_partial_split_stride = lse_partial.stride(0);
-  p.lse_partial_batch_stride = b ? lse_partial.stride(1) : 0;
-  p.lse_partial_token_stride = lse_partial.stride(1 + b);
-  p.lse_partial_head_stride = lse_partial.stride(2 + b);
-  p.out_strides = strides_of(out);
-  p.num_splits = shape.num_splits;
-  p.batch_size = shape.batch_size;
-  p.seqlen = shape.seqlen;
-  p.num_heads = shape.num_heads;
-  p.head_dim_v = shape.head_dim_v;
-  p.out_dtype = *dtype_of(out.scalar_type());
-  p.vectorized = kernel.plan.vectorized;
-  launch(*kernel.backend, kernel.backend->combine, p, out_partial.get_device_index());
-  return lse;
+  p.dmask_rows = args.return_dmask ? round_up(problem.seqlen_q, kDmaskStep) : 0;
+  p.dmask_cols = args.return_dmask ? round_up(problem.seqlen_k, kDmaskStep) : 0;
+  Tensor dmask = args.return_dmask
+                     ? torch::stable::new_zeros(a.q, {problem.batch_size, problem.num_heads_q,
+                                                      p.dmask_rows, p.dmask_cols})
+                     : torch::stable::new_empty(a.q, {0});
+  if (dmask.numel() > 0) p.dmask = dmask.data_ptr();
+  if (lse.numel() == 0) return {lse, dmask};  // no row of q
+
+  const Tensor q = readable_rows(a.q), k = readable_rows(a.k), v = readable_rows(a.v);
+  Tensor written = writable_rows(out);
+  p.q = q.data_ptr();
+  p.k = k.data_ptr();
+  p.v = v.data_ptr();
+  p.out = written.data_ptr();
+  p.q_strides = strides_of(q);
+  p.k_strides = strides_of(k);
+  p.v_strides = strides_of(v);
+  p.out_strides = strides_of(written);
+  const Backend& backend = *kernel.planned.backend;
+  launch(backend, backend.fwd, p, a.device_index());
+  store_rows(written, out);
+  return {lse, dmask};
 }
 
-std::tuple<Tensor, Tensor> combine(const Tensor& out_partial, const Tensor& lse_partial,
-                                   std::optional<ScalarType> out_dtype) {
-  const CombineShape shape = combine_shape(out_partial, lse_partial);
-  const ScalarType type = out_dtype.value_or(ScalarType::Float);
-  const PlannedKernel kernel =
-      plan_combine(shape, out_partial, dtype_of(type), rows_aligned(out_partial, 16));
-  if (kernel.backend == nullptr) {
-    return call_tiled<std::tuple<Tensor, Tensor>>("flash_attn_ext::combine", out_partial,
-                                                  lse_partial, out_dtype);
-  }
-  std::array<int64_t, 4> size{shape.batch_size, shape.seqlen, shape.num_heads, shape.head_dim_v};
-  const size_t rank = shape.varlen ? 3 : 4;
-  Tensor out = torch::stable::new_empty(out_partial, {size.data() + (4 - rank), rank}, type);
-  Tensor lse = launch_combine(kernel, shape, out_partial, lse_partial, out);
-  return {out, lse};
+std::tuple<Tensor, Tensor, Tensor> launch_fwd(const FwdKernel& kernel, const FwdArgs& args) {
+  Tensor out = new_out(args.attention.q, args.attention.v);
+  auto [lse, dmask] = launch_fwd(kernel, args, out);
+  return {out, lse, dmask};
 }
 
-Tensor combine_out(const Tensor& out_partial, const Tensor& lse_partial, const Tensor& out) {
-  const CombineShape shape = combine_shape(out_partial, lse_partial);
-  check_tensor("out", out, out_partial, out_partial.dim() - 1);
-  for (int64_t i = 0; i < out.dim(); ++i) check_size("out", out, i, out_partial.size(i + 1));
-  const bool aligned = rows_aligned(out_partial, 16) && rows_aligned(out, 16);
-  const PlannedKernel kernel =
-      plan_combine(shape, out_partial, dtype_of(out.scalar_type()), aligned);
-  if (kernel.backend == nullptr) {
-    return call_tiled<Tensor>("flash_attn_ext::combine_out", out_partial, lse_partial, out);
+void check_out(const AttentionArgs& a, const Tensor& out) {
+  const int64_t rank = a.q.dim();
+  check_place("out", out, a.q, rank);
+  check_dtype("out", out, a.q.scalar_type());
+  for (int64_t i = 0; i + 1 < rank; ++i) check_size("out", out, i, a.q.size(i));
+  check_size("out", out, rank - 1, a.v.size(a.v.dim() - 1));
+}
+
+using OutLseDmask = std::tuple<Tensor, Tensor, Tensor>;
+using LseDmask = std::tuple<Tensor, Tensor>;
+
+OutLseDmask fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                const OptionalTensor& alibi_slopes, const OptionalTensor& rng_state,
+                double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
+                double dropout_p, bool return_dmask, int64_t num_splits, int64_t sm_margin) {
+  const ScoreArgs scores{alibi_slopes, rng_state, softmax_scale, window_left,
+                         window_right, softcap,   dropout_p};
+  const FwdArgs args{{q, k, v, nullptr, nullptr, scores}, return_dmask, num_splits, sm_margin};
+  const FwdKernel kernel = plan_fwd(args);
+  if (!kernel) return args.call_tiled<OutLseDmask>("flash_attn_ext::fwd", q, k, v);
+  return launch_fwd(kernel, args);
+}
+
+LseDmask fwd_out(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                 const OptionalTensor& alibi_slopes, const OptionalTensor& rng_state,
+                 double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
+                 double dropout_p, bool return_dmask, int64_t num_splits, int64_t sm_margin) {
+  const ScoreArgs scores{alibi_slopes, rng_state, softmax_scale, window_left,
+                         window_right, softcap,   dropout_p};
+  const FwdArgs args{{q, k, v, nullptr, nullptr, scores}, return_dmask, num_splits, sm_margin};
+  const FwdKernel kernel = plan_fwd(args);
+  check_out(args.attention, out);
+  if (!kernel) return args.call_tiled<LseDmask>("flash_attn_ext::fwd_out", q, k, v, out);
+  return launch_fwd(kernel, args, out);
+}
+
+OutLseDmask varlen_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                       const Tensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                       const OptionalTensor& seqused_q, const OptionalTensor& seqused_k,
+                       const OptionalTensor& page_table, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                       const OptionalTensor& alibi_slopes, const OptionalTensor& rng_state,
+                       double softmax_scale, int64_t window_left, int64_t window_right,
+                       double softcap, double dropout_p, bool return_dmask, int64_t num_splits,
+                       int64_t sm_margin) {
+  const LengthArgs lengths{cu_seqlens_q, cu_seqlens_k, seqused_q,
+                           seqused_k,    max_seqlen_q, max_seqlen_k};
+  const ScoreArgs scores{alibi_slopes, rng_state, softmax_scale, window_left,
+                         window_right, softcap,   dropout_p};
+  const FwdArgs args{{q, k, v, &lengths, page_table ? &*page_table : nullptr, scores},
+                     return_dmask,
+                     num_splits,
+                     sm_margin};
+  const FwdKernel kernel = plan_fwd(args);
+  if (!kernel) {
+    return args.call_tiled<OutLseDmask>("flash_attn_ext::varlen_fwd", q, k, v, cu_seqlens_q,
+                                        cu_seqlens_k, seqused_q, seqused_k, page_table,
+                                        max_seqlen_q, max_seqlen_k);
   }
-  return launch_combine(kernel, shape, out_partial, lse_partial, out);
+  return launch_fwd(kernel, args);
+}
+
+LseDmask varlen_fwd_out(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                        const Tensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                        const OptionalTensor& seqused_q, const OptionalTensor& seqused_k,
+                        const OptionalTensor& page_table, int64_t max_seqlen_q,
+                        int64_t max_seqlen_k, const OptionalTensor& alibi_slopes,
+                        const OptionalTensor& rng_state, double softmax_scale, int64_t window_left,
+                        int64_t window_right, double softcap, double dropout_p, bool return_dmask,
+                        int64_t num_splits, int64_t sm_margin) {
+  const LengthArgs lengths{cu_seqlens_q, cu_seqlens_k, seqused_q,
+                           seqused_k,    max_seqlen_q, max_seqlen_k};
+  const ScoreArgs scores{alibi_slopes, rng_state, softmax_scale, window_left,
+                         window_right, softcap,   dropout_p};
+  const FwdArgs args{{q, k, v, &lengths, page_table ? &*page_table : nullptr, scores},
+                     return_dmask,
+                     num_splits,
+                     sm_margin};
+  const FwdKernel kernel = plan_fwd(args);
+  check_out(args.attention, out);
+  if (!kernel) {
+    return args.call_tiled<LseDmask>("flash_attn_ext::varlen_fwd_out", q, k, v, out, cu_seqlens_q,
+                                     cu_seqlens_k, seqused_q, seqused_k, page_table, max_seqlen_q,
+                                     max_seqlen_k);
+  }
+  return launch_fwd(kernel, args, out);
 }
 
 }  // namespace
 }  // namespace fa
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_ext, CUDA, m) {
-  m.impl("combine", TORCH_BOX(&fa::combine));
-  m.impl("combine_out", TORCH_BOX(&fa::combine_out));
+  m.impl("fwd", TORCH_BOX(&fa::fwd));
+  m.impl("fwd_out", TORCH_BOX(&fa::fwd_out));
+  m.impl("varlen_fwd", TORCH_BOX(&fa::varlen_fwd));
+  m.impl("varlen_fwd_out", TORCH_BOX(&fa::varlen_fwd_out));
 }

@@ -27,10 +27,16 @@ inline std::optional<DType> dtype_of(ScalarType type) {
   }
 }
 
-inline void check_tensor(const char* name, const Tensor& t, const Tensor& like, int64_t rank) {
+// Rank and device, that of `like`.
+inline void check_place(const char* name, const Tensor& t, const Tensor& like, int64_t rank) {
   FA_CHECK(t.dim() == rank, name, ": got ", t.dim(), " dimensions, expected ", rank);
   FA_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(), name,
            ": got another device, expected cuda:", like.get_device_index());
+}
+
+// The same, and a contiguous last dimension.
+inline void check_tensor(const char* name, const Tensor& t, const Tensor& like, int64_t rank) {
+  check_place(name, t, like, rank);
   FA_CHECK(rank == 0 || t.size(rank - 1) <= 1 || t.stride(rank - 1) == 1, name,
            ": got a last dimension of stride ", t.stride(rank - 1), ", expected 1 (contiguous)");
 }

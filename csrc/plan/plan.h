@@ -6,6 +6,7 @@
 // there is no second list of limits.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,17 +30,18 @@ class ArchSet {
 };
 
 struct Plan {
-  int instance = -1;   // Instance::id
-  std::string kernel;  // Instance::name()
-  Arch arch = Arch::kSm80;
+  int instance = -1;         // Instance::id, which has the kernel's name
+  Arch arch = Arch::kSm80;   // its library
+  Arch tiles = Arch::kSm80;  // attention: rows of core/tile_config.h; others: arch
 
-  int tile_m = 0;       // rows that one CTA computes
-  int tile_n = 0;       // elements of a row, or keys per step, that it holds at once
+  int tile_m = 0;       // rows that one CTA computes; bwd: rows of Q per step
+  int tile_n = 0;       // elements of a row, or keys per step (bwd: that it keeps)
   int num_stages = 1;   // buffers in flight
   int num_threads = 0;  // of a CTA
   int64_t num_ctas = 0;
   int num_splits = 1;           // partial results per row
-  bool vectorized = false;      // rows are read and written 16 bytes at a time
+  bool vectorized = false;      // rows are read and written 16 bytes at a time; attention: as they
+                                // are, else the binder copies what is not aligned or padded
   int smem_bytes = 0;           // dynamic, of a CTA
   int64_t workspace_bytes = 0;  // global memory beside inputs and outputs
 };
@@ -52,5 +54,9 @@ struct PlanResult {
 };
 
 PlanResult make_plan(const Problem& problem, const DeviceFacts& device, ArchSet built);
+
+// The plan alone, nullopt where make_plan is not ok: what the binder asks at every call. It puts no
+// sentence together and allocates nothing.
+std::optional<Plan> find_plan(const Problem& problem, const DeviceFacts& device, ArchSet built);
 
 }  // namespace fa

@@ -31,6 +31,8 @@ struct Problem {
   // seqlen_q; append_kv: seqlen_k, the new keys) take all tokens together when varlen.
   int seqlen_q = 1;
   int seqlen_k = 1;
+  int total_q = 0;  // varlen attention: rows of all sequences together, and behind the last one
+  int total_k = 0;
   int num_heads_q = 1;
   int num_heads_kv = 1;  // divides num_heads_q
 

@@ -1,6 +1,7 @@
 // Compiled, not run, for every target: core/ is valid device code. Each kernel evaluates some of
 // core/ at run time and at compile time.
 #include "core/accum_layout.h"
+#include "core/bwd_workspace.h"
 #include "core/dtype.h"
 #include "core/fast_div.h"
 #include "core/mask.h"
@@ -46,6 +47,8 @@ __global__ void probe_layouts(const int* page_table_row, int page_size, int* out
       b_operand_coord(threadIdx.x, 1).row + dropout_byte(7, 9, blockIdx.x, c.row, c.col) +
       unit_columns(128, 64, page_size > 1, elements_per_vector(DType::kFloat16), 3).first;
   out[1] = divide(threadIdx.x, FastDiv(page_size)).remainder;
+  out[2] = static_cast<int>(
+      bwd_dq_accum_first_row(page_size > 1, threadIdx.x, 100, page_table_row[0], 64));
   out[0] = static_cast<int>(page_element_offset(page, 1 << 20, 1 << 10, 128, 3));
 }
 

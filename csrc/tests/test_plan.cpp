@@ -5,6 +5,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <utility>
 
 #include "core/row_kernels.h"
 #include "tests/check.h"
@@ -28,7 +29,9 @@ Problem random_problem(std::mt19937& rng) {
   p.batch_size = pick(rng, {0, 1, 7, 1 << 20, kHuge, -1});
   p.seqlen_q = pick(rng, {0, 1, 129, 1 << 30, kHuge});
   p.seqlen_k = pick(rng, {0, 1, 129, 1 << 30});
-  p.num_heads_q = pick(rng, {0, 1, 8, 12, 1 << 30});
+  p.total_q = pick(rng, {0, 1, 1000, 1 << 30, -1});
+  p.total_k = pick(rng, {0, 129, 1 << 30});
+  p.num_heads_q = pick(rng, {0, 1, 8, 12, 1 << 18, 1 << 30});
   p.num_heads_kv = pick(rng, {0, 1, 4, 8, -3});
   p.window_left = pick(rng, {-1, 0, 128, kHuge});
   p.window_right = pick(rng, {-1, 0, 128});
@@ -38,6 +41,8 @@ Problem random_problem(std::mt19937& rng) {
   p.rotary_interleaved = pick(rng, {false, true});
   p.alignment_bytes = pick(rng, {1, 4, 8, 16});
   p.varlen = pick(rng, {false, true});
+  p.dropout = pick(rng, {false, true});
+  p.deterministic = pick(rng, {false, true});
   return p;
 }
 
@@ -50,6 +55,14 @@ void test_random_problems() {
     const PlanResult result = make_plan(p, device.facts, ArchSet::all());
     CHECK(result.ok || !result.reasons.empty(), "refused without a reason: %s on %s",
           family_name(p.family), device.name);
+    const std::optional<Plan> found = find_plan(p, device.facts, ArchSet::all());
+    CHECK(found.has_value() == result.ok, "find_plan differs: %s on %s", family_name(p.family),
+          device.name);
+    if (found)
+      CHECK(found->instance == result.plan.instance && found->num_ctas == result.plan.num_ctas &&
+                found->tiles == result.plan.tiles &&
+                found->workspace_bytes == result.plan.workspace_bytes,
+            "find_plan differs: %s on %s", family_name(p.family), device.name);
     for (const std::string& reason : result.reasons)
       CHECK(!reason.empty() && reason.find('\n') == std::string::npos, "%s", reason.c_str());
     if (!result.ok) {
@@ -59,9 +72,8 @@ void test_random_problems() {
     ++planned;
     const Plan& plan = result.plan;
     const Instance& instance = instances()[plan.instance];
-    CHECK(instance.name() == plan.kernel && instance.arch == plan.arch &&
-              instance.family == p.family && instance.dtype == p.dtype,
-          "%s", plan.kernel.c_str());
+    CHECK(instance.arch == plan.arch && instance.family == p.family && instance.dtype == p.dtype,
+          "%s", instance.name().c_str());
     CHECK(plan.num_threads > 0 && plan.num_threads <= 1024 && plan.num_threads % kWarpSize == 0,
           "threads %d", plan.num_threads);
     CHECK(plan.num_ctas >= 0 && plan.num_ctas <= 0x7FFFFFFF, "ctas");
@@ -69,6 +81,25 @@ void test_random_problems() {
     CHECK(plan.tile_m >= 1 && plan.tile_n >= 1, "tile");
   }
   CHECK(planned > 200, "only %ld of the random problems have a plan", planned);
+}
+
+// Tiles of 99 KB run where 163 KB do not fit, and nothing below that.
+void test_shared_memory() {
+  DeviceFacts device = *find_device("h100");
+  Problem p;
+  for (const Family family : {Family::kFwd, Family::kBwd})
+    for (const int head_dim : {64, 96, 128, 192, 256}) {
+      p.family = family;
+      p.head_dim = p.head_dim_v = head_dim;
+      for (const auto& [kb, tiles] : {std::pair(227, Arch::kSm80), std::pair(163, Arch::kSm80),
+                                      std::pair(162, Arch::kSm89), std::pair(99, Arch::kSm89)}) {
+        device.max_smem_bytes = kb * 1024;
+        const auto plan = find_plan(p, device, ArchSet::all());
+        CHECK(plan && plan->arch == Arch::kSm80 && plan->tiles == tiles, "%d KB", kb);
+      }
+      device.max_smem_bytes = 32 * 1024;
+      CHECK(!find_plan(p, device, ArchSet::all()), "32 KB, head_dim %d", head_dim);
+    }
 }
 
 void test_arch_set() {
@@ -110,6 +141,7 @@ int main() {
   test_arch_set();
   test_registry();
   test_devices();
+  test_shared_memory();
   test_random_problems();
   return report();
 }

@@ -4,6 +4,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/bwd_workspace.h"
 #include "core/fast_div.h"
 #include "core/page_table.h"
 #include "core/seqlen.h"
@@ -170,6 +171,31 @@ void test_varlen_tiles() {
       }
 }
 
+// Tiles of dq_accum: those of a sequence hold its queries, nobody else's, and lie inside.
+void test_bwd_workspace() {
+  for (int tile_m : {1, 4, 7})
+    for (bool varlen : {false, true})
+      for (const std::vector<int>& lengths :
+           {std::vector<int>{5, 5, 5}, {4, 4}, {0, 0}, {1}, {}, {3, 0, 8, 1, 7}}) {
+        const int batch_size = static_cast<int>(lengths.size());
+        const int seqlen_q = lengths.empty() ? 0 : lengths[0];
+        int begin = 0;
+        int64_t next = 0;  // first row that no sequence before has taken
+        for (int batch = 0; batch < batch_size; ++batch) {
+          const int64_t first = bwd_dq_accum_first_row(varlen, batch, seqlen_q, begin, tile_m);
+          CHECK(first % tile_m == 0 && first >= next, "batch=%d: %d", batch,
+                static_cast<int>(first));
+          const int length = varlen ? lengths[batch] : seqlen_q;
+          next = first + round_up(length, tile_m);
+          begin += length;
+        }
+        const int total_q = begin + (varlen ? 3 : 0);  // rows behind the last sequence
+        const int64_t rows = bwd_dq_accum_rows(varlen, batch_size, seqlen_q, total_q, tile_m);
+        CHECK(next <= rows && rows % tile_m == 0, "rows %d", static_cast<int>(rows));
+        CHECK(bwd_dq_semaphores(rows, 3, tile_m) * tile_m == rows * 3, "semaphores");
+      }
+}
+
 void test_seqlen_info() {
   const std::vector<int> lengths{3, 0, 7, 5};
   std::vector<int> cu_seqlens{0}, used{2, 0, 9, -1}, leftpad{1, 0, 4, 9};
@@ -273,6 +299,7 @@ int main() {
   test_tile_coord();
   test_l2_group_size();
   test_varlen_tiles();
+  test_bwd_workspace();
   test_seqlen_info();
   test_element_offsets_are_64_bit();
   test_page_table();

@@ -10,7 +10,8 @@ import pytest
 
 ALL = ["sm80", "sm89", "sm90"]
 ROW_FAMILIES = ("combine", "bwd_preprocess", "rotary", "append_kv")
-ATTENTION = ("fwd", "bwd", "decode")
+ATTENTION = ("fwd", "bwd")
+BUILT = (64, 96, 128, 192, 256)
 DEVICES = {
     "a100": (8, 0, 108, 163),
     "rtx3090": (8, 6, 82, 99),
@@ -58,7 +59,7 @@ def test_every_instance_can_be_reached(introspect: ModuleType) -> None:
     for device, family, dtype in itertools.product(
         introspect.devices(), introspect.families(), introspect.dtypes()
     ):
-        for head_dim in (64, 96, 128, 192, 256):
+        for head_dim in BUILT:
             sizes = {"head_dim": head_dim, "head_dim_v": head_dim}
             for built in (ALL, ["sm80"]):
                 plan = introspect.make_plan(problem(family, dtype=dtype, **sizes), device, built)
@@ -72,9 +73,13 @@ def test_every_instance_can_be_reached(introspect: ModuleType) -> None:
 
 def test_instances_of_this_version(introspect: ModuleType) -> None:
     rows = introspect.kernels()
-    expected = set(itertools.product(("sm80", "sm90"), ROW_FAMILIES, ("fp16", "bf16", "fp32")))
-    assert {(row["arch"], row["family"], row["dtype"]) for row in rows} == expected
-    assert all(row["head_dim"] == 0 for row in rows)
+    row_types = ("fp16", "bf16", "fp32")
+    expected = {
+        *itertools.product(("sm80", "sm90"), ROW_FAMILIES, row_types, (0,)),
+        *itertools.product(("sm80",), ATTENTION, ("fp16", "bf16"), BUILT),
+    }
+    found = {(row["arch"], row["family"], row["dtype"], row["head_dim"]) for row in rows}
+    assert found == expected
 
 
 @pytest.mark.parametrize("family", ROW_FAMILIES)
@@ -103,15 +108,90 @@ def reasons(introspect: ModuleType, fields: dict[str, Any], device: Any = "sm80"
     return plan["reasons"]
 
 
-HAS = "only combine, bwd_preprocess, rotary, append_kv"
+ROWS = "combine, bwd_preprocess, rotary, append_kv"
+
+
+def test_decode_has_no_kernel(introspect: ModuleType) -> None:
+    sm80 = f"sm80: it has no decode kernel, only fwd, bwd, {ROWS}"
+    assert reasons(introspect, problem("decode"), "a100") == [sm80]
+    sm90 = f"sm90: it has no decode kernel, only {ROWS}"
+    assert reasons(introspect, problem("decode"), "h100") == [sm90, sm80]
 
 
 @pytest.mark.parametrize("family", ATTENTION)
-def test_attention_has_no_kernel(introspect: ModuleType, family: str) -> None:
-    sm80 = f"sm80: it has no {family} kernel, {HAS}"
-    assert reasons(introspect, problem(family), "a100") == [sm80]
-    sm90 = f"sm90: it has no {family} kernel, {HAS}"
-    assert reasons(introspect, problem(family), "h100") == [sm90, sm80]
+@pytest.mark.parametrize("device", [*DEVICES])
+def test_attention_on_each_device(introspect: ModuleType, device: str, family: str) -> None:
+    """Kernels of SM80 everywhere, with the tiles that fit the device's shared memory."""
+    major, minor, _, smem_kb = DEVICES[device]
+    tiles = "sm80" if smem_kb >= 163 else "sm89"
+    config = getattr(introspect, f"{family}_tile_config")
+    for head_dim, dtype in itertools.product(BUILT, ("fp16", "bf16")):
+        fields = problem(family, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim)
+        plan = introspect.make_plan(fields, device, ALL)
+        assert plan["kernel"] == f"sm80_{family}_hdim{head_dim}_{dtype}"
+        assert (plan["library"], plan["tiles"]) == ("_sm80", tiles)
+        tile = config(tiles, head_dim, False)
+        assert plan["tile"] == (tile["tile_m"], tile["tile_n"])
+        assert plan["num_threads"] == tile["num_threads"]
+        assert plan["smem_bytes"] == tile["smem_bytes"] <= smem_kb * 1024
+        assert len(plan["reasons"]) == (major == 9 or (major, minor) == (8, 9))
+
+
+@pytest.mark.parametrize("family", ATTENTION)
+def test_head_dims_run_in_the_next_built_size(introspect: ModuleType, family: str) -> None:
+    for head_dim, head_dim_v in [(1, 1), (8, 64), (64, 65), (192, 128), (64, 128), (129, 8)]:
+        fields = problem(family, head_dim=head_dim, head_dim_v=head_dim_v)
+        plan = introspect.make_plan(fields, "a100", ALL)
+        built = min(size for size in BUILT if size >= max(head_dim, head_dim_v))
+        assert plan["kernel"] == f"sm80_{family}_hdim{built}_bf16"
+        assert plan["vectorized"] is (head_dim % 8 == 0 and head_dim_v % 8 == 0)
+        unaligned = introspect.make_plan({**fields, "alignment_bytes": 8}, "a100", ALL)
+        assert unaligned["ok"]
+        assert not unaligned["vectorized"]
+
+
+@pytest.mark.parametrize("device", ["a100", "rtx4090"])
+def test_attention_grid(introspect: ModuleType, device: str) -> None:
+    """A CTA for each tile; varlen one slot more for each sequence, and for the rows behind."""
+    for seqlen, batch_size in itertools.product((0, 1, 128, 129, 1000), (0, 1, 3)):
+        sizes = {"batch_size": batch_size, "num_heads_q": 6, "num_heads_kv": 2}
+        lengths = {"seqlen_q": seqlen, "seqlen_k": seqlen + 7}
+        fixed = {**sizes, **lengths}
+        totals = {"total_q": 3 * seqlen + 5, "total_k": 2 * seqlen}
+        varlen = {**fixed, **totals, "varlen": True}
+        for family, rows, total, heads in (
+            ("fwd", "seqlen_q", "total_q", 6),
+            ("bwd", "seqlen_k", "total_k", 2),
+        ):
+            plan = introspect.make_plan(problem(family, **fixed), device, ALL)
+            tile = plan["tile"][family == "bwd"]
+            assert plan["num_ctas"] == -(-fixed[rows] // tile) * heads * batch_size
+            plan = introspect.make_plan(problem(family, **varlen), device, ALL)
+            assert plan["num_ctas"] == (totals[total] // tile + batch_size + 1) * heads
+
+
+@pytest.mark.parametrize("head_dim", BUILT)
+@pytest.mark.parametrize("varlen", [False, True])
+def test_bwd_workspace(introspect: ModuleType, varlen: bool, head_dim: int) -> None:
+    """dQ in fp32, whole tiles; a deterministic one costs a counter for each tile and head."""
+    fields = problem(
+        "bwd",
+        head_dim=head_dim - 8,
+        head_dim_v=head_dim,
+        seqlen_q=1000,
+        total_q=1900,
+        varlen=varlen,
+    )
+    plan = introspect.make_plan(fields, "a100", ALL)
+    tile_m = plan["tile"][0]
+    tiles = 1900 // tile_m + 2 if varlen else 2 * -(-1000 // tile_m)
+    assert plan["workspace_bytes"] == tiles * tile_m * SIZES["num_heads_q"] * head_dim * 4
+    deterministic = introspect.make_plan({**fields, "deterministic": True}, "a100", ALL)
+    counters = tiles * SIZES["num_heads_q"] * 4
+    assert deterministic["workspace_bytes"] == plan["workspace_bytes"] + counters
+    assert deterministic["workspace_bytes"] <= 1.1 * plan["workspace_bytes"]
+    fields["family"] = "fwd"
+    assert introspect.make_plan(fields, "a100", ALL)["workspace_bytes"] == 0
 
 
 @pytest.mark.parametrize(
@@ -142,6 +222,26 @@ def test_attention_has_no_kernel(introspect: ModuleType, family: str) -> None:
             "sm80: head_dim_v=300: append_kv takes at most 256",
         ),
         (problem("append_kv", rotary_dim=5), "sm80: rotary_dim=5: append_kv needs an even number"),
+        (problem("fwd", dtype="fp32"), "sm80: dtype=fp32: fwd is built for fp16, bf16"),
+        (problem("bwd", dtype="fp64"), "sm80: dtype=fp64: bwd is built for fp16, bf16"),
+        (
+            problem("fwd", head_dim=257),
+            "sm80: head_dim=257: fwd is built for 64, 96, 128, 192, 256",
+        ),
+        (
+            problem("bwd", head_dim_v=264),
+            "sm80: head_dim_v=264: bwd is built for 64, 96, 128, 192, 256",
+        ),
+        (problem("fwd", page_size=16), "sm80: page_size=16: fwd takes keys without pages"),
+        (problem("fwd", num_splits=2), "sm80: num_splits=2: fwd does not split the keys"),
+        (
+            problem("fwd", batch_size=2**20, seqlen_q=2**12),
+            "sm80: total_q=4294967296: fwd takes at most 2147483647",
+        ),
+        (
+            problem("bwd", num_heads_q=2**20, num_heads_kv=1, seqlen_q=2**20),
+            "sm80: tiles_q=34359738368: bwd takes at most 2147483647",
+        ),
         (problem("fwd", head_dim=0), "head_dim=0: expected 1 to 1073741824"),
         (problem("fwd", batch_size=-1), "batch_size=-1: expected 0 to 1073741824"),
         (problem("fwd", page_size=-1), "page_size=-1: expected 0 to 1073741824"),
@@ -160,6 +260,14 @@ def test_launch_limit(introspect: ModuleType) -> None:
     (reason,) = reasons(introspect, {**huge, "num_heads_kv": 2**8})
     assert reason.startswith("sm80: num_ctas=")
     assert reason.endswith("a launch has at most 2147483647")
+
+
+def test_little_shared_memory(introspect: ModuleType) -> None:
+    facts = {**introspect.devices()["a100"], "max_smem_bytes": 48 * 1024}
+    assert introspect.make_plan(problem("fwd", head_dim=64, head_dim_v=64), facts, ALL)["ok"]
+    assert reasons(introspect, problem("fwd"), facts) == [
+        "sm80: smem_bytes=65536: a CTA of the device has at most 49152"
+    ]
 
 
 def test_old_gpu(introspect: ModuleType) -> None:

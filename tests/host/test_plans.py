@@ -21,14 +21,19 @@ POOL = (99, 16, 8, 128)
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FLASH_ATTN_EXT_BACKEND", "FLASH_ATTN_EXT_ARCH"):
+    for name in ("FLASH_ATTN_EXT_BACKEND", "FLASH_ATTN_EXT_ARCH", "FLASH_ATTN_EXT_SMEM_KB"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(_load.status(), "arch_libraries", {"sm80": None, "sm90": None})
 
 
 def expect(explanation: object, expected: str) -> None:
-    """Compares with the text of a test; tile sizes of the PyTorch backend are its own business."""
-    text = re.sub(r"(torch_tiled\.py\), tile )\d+ x \d+", r"\1M x N", str(explanation))
+    """Compares with the text of a test; sizes of tiles and of launches are their own business."""
+    text = re.sub(r", tile \d+ x \d+", ", tile M x N", str(explanation))
+    text = re.sub(
+        r"\d+ threads, \d+ CTAs, \d+ stage\(s\), 1 split\(s\), \d+ B of shared",
+        "C CTAs and S B of shared",
+        text,
+    ).replace(", workspace 0 B", "")
     expecttest.TestCase().assertExpectedInline(text, expected, skip=1)
 
 
@@ -40,9 +45,10 @@ def test_package_attribute_is_the_function() -> None:
 @pytest.mark.parametrize("device", ["a100", "rtx3090", "rtx4090", "l40s", "b200", "rtx5090"])
 def test_forward_on_each_gpu(with_introspect: ModuleType, device: str) -> None:
     found = explain(Q, KV, KV, causal=True, arch=device)
-    assert found.backend == "torch_tiled"
-    assert found.kernel is None
-    assert found.reasons[-1].startswith("sm80: it has no fwd kernel")
+    assert found.backend == "kernel"
+    assert found.kernel == "sm80_fwd_hdim128_bf16"
+    assert found.attention.tiles == ("sm80" if device in ("a100", "b200") else "sm89")
+    assert not found.attention.copies_rows
     assert found.notes == ()
     assert device in str(found)
 
@@ -53,25 +59,48 @@ def test_forward_on_h100(with_introspect: ModuleType) -> None:
         """\
 flash_attn_func on h100 (compute capability 9.0, 132 SMs, 227 KB of shared memory a CTA)
   q [2, 4096, 32, 128], k [2, 4096, 8, 128], v [2, 4096, 8, 128], bf16, causal
-  fwd: PyTorch operations (backends/torch_tiled.py), tile M x N
-    - sm90: it has no fwd kernel, only combine, bwd_preprocess, rotary, append_kv
-    - sm80: it has no fwd kernel, only combine, bwd_preprocess, rotary, append_kv""",
+  fwd: kernel sm80_fwd_hdim128_bf16 of _sm80, tile M x N, C CTAs and S B of shared memory
+    - sm90: it has no fwd kernel, only combine, bwd_preprocess, rotary, append_kv""",
     )
 
 
-def test_backward_on_a100(with_introspect: ModuleType) -> None:
+def test_backward_on_rtx4090(with_introspect: ModuleType) -> None:
     expect(
-        explain(Q, KV, KV, window_size=(64, 0), dropout_p=0.1, arch="a100", backward=True),
+        explain(Q, KV, KV, window_size=(64, 0), dropout_p=0.1, arch="rtx4090", backward=True),
+        """\
+flash_attn_func on rtx4090 (compute capability 8.9, 128 SMs, 99 KB of shared memory a CTA)
+  q [2, 4096, 32, 128], k [2, 4096, 8, 128], v [2, 4096, 8, 128], bf16, causal, window 64, dropout
+  fwd: kernel sm80_fwd_hdim128_bf16 of _sm80, tile M x N of sm89, C CTAs and S B of shared memory
+    - sm89: no kernel is written for it; its GPUs run the code of sm80
+  bwd_preprocess: kernel sm80_bwd_preprocess_bf16 of _sm80, tile M x N, C CTAs and S B of shared memory
+    - sm89: no kernel is written for it; its GPUs run the code of sm80
+  bwd: kernel sm80_bwd_hdim128_bf16 of _sm80, tile M x N of sm89, C CTAs and S B of shared memory, \
+workspace 134217728 B
+    - sm89: no kernel is written for it; its GPUs run the code of sm80""",
+    )
+
+
+def test_backward_of_what_no_kernel_takes(with_introspect: ModuleType) -> None:
+    expect(
+        explain(Q, KV, KV, dtype=torch.float32, arch="a100", backward=True),
         """\
 flash_attn_func on a100 (compute capability 8.0, 108 SMs, 163 KB of shared memory a CTA)
-  q [2, 4096, 32, 128], k [2, 4096, 8, 128], v [2, 4096, 8, 128], bf16, causal, window 64, dropout
+  q [2, 4096, 32, 128], k [2, 4096, 8, 128], v [2, 4096, 8, 128], fp32
   fwd: PyTorch operations (backends/torch_tiled.py), tile M x N
-    - sm80: it has no fwd kernel, only combine, bwd_preprocess, rotary, append_kv
+    - sm80: dtype=fp32: fwd is built for fp16, bf16
   bwd_preprocess: PyTorch operations (backends/torch_tiled.py)
     - part of the same op as bwd, which no kernel computes
   bwd: PyTorch operations (backends/torch_tiled.py), tile M x N
-    - sm80: it has no bwd kernel, only combine, bwd_preprocess, rotary, append_kv""",
+    - sm80: dtype=fp32: bwd is built for fp16, bf16""",
     )
+
+
+def test_rows_that_are_copied(with_introspect: ModuleType) -> None:
+    odd = (2, 100, 4, 59)
+    found = explain(odd, odd, odd, arch="a100")
+    assert found.attention.copies_rows
+    assert "copies rows first" in str(found)
+    assert found.kernel == "sm80_fwd_hdim64_bf16"
 
 
 def cache_call(**options: Any) -> Any:
@@ -106,6 +135,7 @@ class PlannedEverything:
             "kernel": f"sm80_{problem['family']}_bf16",
             "library": "_sm80",
             "tile": (128, 64),
+            "tiles": "sm80",
             "num_stages": 2,
             "num_threads": 256,
             "num_ctas": 77,
@@ -129,7 +159,7 @@ def test_words_of_a_kernel(planned: PlannedEverything) -> None:
     expect(
         found.attention,
         """\
-fwd: kernel sm80_fwd_bf16 of _sm80, tile 128 x 64, 256 threads, 77 CTAs, 2 stage(s), 3 split(s), \
+fwd: kernel sm80_fwd_bf16 of _sm80, tile M x N, 256 threads, 77 CTAs, 2 stage(s), 3 split(s), \
 1024 B of shared memory, workspace 4096 B
   - sm90: because""",
     )
@@ -161,6 +191,8 @@ def test_problem_of_every_option(planned: PlannedEverything) -> None:
         "batch_size": 2,
         "seqlen_q": 4096,
         "seqlen_k": 4096,
+        "total_q": 0,
+        "total_k": 0,
         "num_heads_q": 32,
         "num_heads_kv": 8,
         "head_dim": 128,
@@ -192,6 +224,7 @@ def test_varlen(planned: PlannedEverything, options: dict[str, Any], seqlens: An
     assert found.function == "flash_attn_varlen_func"
     assert (found.problem["seqlen_q"], found.problem["seqlen_k"]) == seqlens
     assert found.problem["batch_size"] == 2
+    assert (found.problem["total_q"], found.problem["total_k"]) == (100, 100)
     assert found.problem["varlen"]
 
 
@@ -281,6 +314,20 @@ def test_forced_architecture(planned: PlannedEverything, monkeypatch: pytest.Mon
     assert found.notes == ("FLASH_ATTN_EXT_ARCH=sm80 leaves only that library",)
 
 
+def test_less_shared_memory(with_introspect: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_ATTN_EXT_SMEM_KB", "99")
+    found = explain(Q, KV, KV, arch="h100")
+    assert found.attention.tiles == "sm89"
+    assert "99 KB of shared memory a CTA" in found.device
+    assert found.notes == ("FLASH_ATTN_EXT_SMEM_KB leaves a CTA 99 KB at most",)
+    monkeypatch.setenv("FLASH_ATTN_EXT_SMEM_KB", "500")  # never more than the device has
+    assert explain(Q, KV, KV, arch="h100").attention.tiles == "sm80"
+    for text in ("99KB", "0", "-1", "4096"):
+        monkeypatch.setenv("FLASH_ATTN_EXT_SMEM_KB", text)
+        with pytest.raises(ValueError, match=f"FLASH_ATTN_EXT_SMEM_KB={text}: expected"):
+            explain(Q, KV, KV, arch="h100")
+
+
 def test_installation_without_libraries(
     with_introspect: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,10 +376,16 @@ def test_support_table(with_introspect: ModuleType) -> None:
     assert {row["family"] for row in rows} == set(with_introspect.families())
     for row in rows:
         assert list(row) == ["family", "feature", *ARCHS, "cpu"]
-        kernels = row["family"] not in ("fwd", "bwd", "decode") and row["feature"] != "fp64"
-        expected = ["_sm90" if arch == "sm90" else "_sm80" for arch in ARCHS]
-        assert [row[arch] for arch in ARCHS] == (expected if kernels else ["PyTorch"] * 6)
         assert row["cpu"] == "PyTorch"
+        found = [row[arch] for arch in ARCHS]
+        attention = row["family"] in ("fwd", "bwd")
+        if row["family"] == "decode" or row["feature"] in (
+            ("fp32", "fp64", "paged") if attention else ("fp64",)
+        ):
+            assert found == ["PyTorch"] * 6, row
+        else:
+            newest = [arch == "sm90" and not attention for arch in ARCHS]
+            assert found == ["_sm90" if own else "_sm80" for own in newest], row
 
 
 def test_support_markdown(with_introspect: ModuleType) -> None:

@@ -1,0 +1,56 @@
+// Copies for tensors that the attention kernels can not read or write as they are: the kernels move
+// 16 bytes at a time, so rows must be contiguous, begin at multiples of 16 bytes and hold whole
+// ones.
+#pragma once
+#include "bindings/tensor_checks.h"
+#include "core/host_device.h"
+
+namespace fa {
+
+constexpr int64_t kRowBytes = 16;
+
+inline bool has_whole_rows(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) * static_cast<int64_t>(t.element_size()) % kRowBytes == 0 &&
+         (t.stride(last) == 1 || t.size(last) == 1) && rows_aligned(t, kRowBytes);
+}
+
+// The shape of `t` with the last dimension rounded up to whole 16 bytes. rank 3 or 4.
+struct WholeRows {
+  std::array<int64_t, 4> size;
+  int64_t rank;
+
+  explicit WholeRows(const Tensor& t) : size{}, rank(t.dim()) {
+    for (int64_t i = 0; i < rank; ++i) size[i] = t.size(i);
+    size[rank - 1] =
+        round_up<int64_t>(size[rank - 1], kRowBytes / static_cast<int64_t>(t.element_size()));
+  }
+  torch::headeronly::IntHeaderOnlyArrayRef ref() const {
+    return {size.data(), static_cast<size_t>(rank)};
+  }
+};
+
+// `t`, or a copy whose rows are whole, zeros behind their elements.
+inline Tensor readable_rows(const Tensor& t) {
+  if (has_whole_rows(t)) return t;
+  Tensor copy = torch::stable::new_zeros(t, WholeRows(t).ref());
+  const int64_t last = t.dim() - 1;
+  Tensor rows = torch::stable::narrow(copy, last, 0, t.size(last));
+  torch::stable::copy_(rows, t);
+  return copy;
+}
+
+// `t`, or a buffer with whole rows that a kernel fills instead; then store_rows.
+inline Tensor writable_rows(const Tensor& t) {
+  return has_whole_rows(t) ? t : torch::stable::new_empty(t, WholeRows(t).ref());
+}
+
+// Copies what was written into writable_rows(t) to `t`, if that is another tensor.
+inline void store_rows(Tensor& written, const Tensor& t) {
+  if (written.get() == t.get()) return;
+  const int64_t last = t.dim() - 1;
+  Tensor target = t;
+  torch::stable::copy_(target, torch::stable::narrow(written, last, 0, t.size(last)));
+}
+
+}  // namespace fa

@@ -1,0 +1,45 @@
+// Size and order of the backward's workspace: dQ in fp32, and the turns in which it is added up.
+//
+// dQ is added up by CTAs of different keys, so it lives in whole tiles of tile_m rows that no two
+// sequences share. Fixed length: sequence b begins at tile b * ceil(seqlen_q / tile_m). Varlen: at
+// tile varlen_first_slot(cu_seqlens_q[b], tile_m, b), so that no host copy of the lengths is
+// needed; some tiles then belong to nobody.
+#pragma once
+#include "core/tile_scheduler.h"
+
+namespace fa {
+
+// Rows of dq_accum, a multiple of tile_m.
+FA_HD constexpr int64_t bwd_dq_accum_rows(bool varlen, int batch_size, int seqlen_q, int total_q,
+                                          int tile_m) {
+  const int64_t tiles = varlen ? varlen_first_slot(total_q, tile_m, batch_size)
+                               : static_cast<int64_t>(batch_size) * ceil_div(seqlen_q, tile_m);
+  return tiles * tile_m;
+}
+
+// First row of a sequence; its first query has the row cu_seqlen in q (varlen).
+FA_HD constexpr int64_t bwd_dq_accum_first_row(bool varlen, int batch, int seqlen_q, int cu_seqlen,
+                                               int tile_m) {
+  const int64_t tile = varlen ? varlen_first_slot(cu_seqlen, tile_m, batch)
+                              : static_cast<int64_t>(batch) * ceil_div(seqlen_q, tile_m);
+  return tile * tile_m;
+}
+
+// fp32 elements of dq_accum. head_dim: the built size.
+FA_HD constexpr int64_t bwd_dq_accum_elements(int64_t rows, int num_heads_q, int head_dim) {
+  return rows * num_heads_q * head_dim;
+}
+
+// One counter for each (tile, head): how many of its additions are done (deterministic only).
+FA_HD constexpr int64_t bwd_dq_semaphores(int64_t rows, int num_heads_q, int tile_m) {
+  return rows / tile_m * num_heads_q;
+}
+
+static_assert(bwd_dq_accum_rows(false, 3, 65, 195, 64) == 3 * 128);
+static_assert(bwd_dq_accum_rows(true, 3, 65, 195, 64) == (195 / 64 + 3) * 64);
+static_assert(bwd_dq_accum_first_row(false, 3, 65, 0, 64) ==
+              bwd_dq_accum_rows(false, 3, 65, 195, 64));
+static_assert(bwd_dq_accum_first_row(true, 3, 65, 195, 64) ==
+              bwd_dq_accum_rows(true, 3, 65, 195, 64));
+
+}  // namespace fa

@@ -1,0 +1,103 @@
+// Plans of fwd and bwd: which rows of core/tile_config.h, and how many CTAs.
+#include <limits>
+
+#include "core/bwd_workspace.h"
+#include "core/tile_config.h"
+#include "plan/family_plan.h"
+
+namespace fa {
+namespace {
+
+constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
+constexpr int kVectorElements = 8;  // 16 bytes of 16-bit elements, which the kernels copy at once
+
+// The rows of tile_config.h that fit the device: GPUs of 99 KB run kSm80's kernels with the tiles
+// of kSm89.
+Arch tiles_for(Arch arch, const DeviceFacts& device) {
+  return arch == Arch::kSm80 && device.max_smem_bytes < max_smem_bytes(arch) ? Arch::kSm89 : arch;
+}
+
+int built_size(const Problem& p) {
+  return built_head_dim(max(p.head_dim, p.head_dim_v));
+}
+
+// What a row of tile_config.h says of the launch. One tile for all masks.
+Plan tile_of(Arch tiles, const Problem& p) {
+  const int built = built_size(p);
+  Plan plan;
+  plan.tiles = tiles;
+  if (p.family == Family::kFwd) {
+    const FwdTileConfig tile = fwd_tile_config(tiles, built, MaskKind::kFull);
+    plan.tile_m = tile.tile_m;
+    plan.tile_n = tile.tile_n;
+    plan.num_stages = tile.num_stages;
+    plan.num_threads = fwd_num_threads(tiles, tile);
+    plan.smem_bytes = fwd_smem_bytes(tile, built, built);
+  } else {
+    const BwdTileConfig tile = bwd_tile_config(tiles, built, MaskKind::kFull);
+    plan.tile_m = tile.tile_m;
+    plan.tile_n = tile.tile_n;
+    plan.num_stages = tile.num_q_stages;
+    plan.num_threads = bwd_num_threads(tiles, tile);
+    plan.smem_bytes = bwd_smem_bytes(tile, built);
+  }
+  return plan;
+}
+
+// Tiles over all sequences of one side. Varlen: one slot more, whose CTAs write the rows that
+// belong to no sequence.
+int64_t num_tiles_q(const Problem& p, int tile_m) {
+  return p.varlen ? varlen_num_tiles(p.total_q, p.batch_size, tile_m, 1) + 1
+                  : int64_t{p.batch_size} * ceil_div(p.seqlen_q, tile_m);
+}
+int64_t num_tiles_k(const Problem& p, int tile_n) {
+  return p.varlen ? varlen_num_tiles(p.total_k, p.batch_size, tile_n, 1) + 1
+                  : int64_t{p.batch_size} * ceil_div(p.seqlen_k, tile_n);
+}
+
+// dQ in fp32, and the turns of its additions.
+int64_t bwd_workspace_bytes(const Problem& p, int tile_m) {
+  const int64_t rows = bwd_dq_accum_rows(p.varlen, p.batch_size, p.seqlen_q, p.total_q, tile_m);
+  const int64_t elements = bwd_dq_accum_elements(rows, p.num_heads_q, built_size(p));
+  const int64_t semaphores = p.deterministic ? bwd_dq_semaphores(rows, p.num_heads_q, tile_m) : 0;
+  return elements * int64_t{sizeof(float)} + semaphores * int64_t{sizeof(int)};
+}
+
+}  // namespace
+
+bool attention_refuses(Arch arch, const Problem& p, const DeviceFacts& device, Reason reason) {
+  const char* family = family_name(p.family);
+  if (p.page_size > 0)
+    return reason("page_size=", p.page_size, ": ", family, " takes keys without pages");
+  if (p.family == Family::kFwd && p.num_splits > 1)
+    return reason("num_splits=", p.num_splits, ": fwd does not split the keys");
+
+  // Rows of a side and tiles of q are counted in int.
+  const auto at_most = [&](const char* what, int64_t got, int64_t limit) {
+    return got > limit && reason(what, "=", got, ": ", family, " takes at most ", limit);
+  };
+  const Plan tile = tile_of(tiles_for(arch, device), p);
+  const int64_t batch_size = p.batch_size;
+  if (!p.varlen && (at_most("total_q", batch_size * p.seqlen_q, kMaxInt) ||
+                    at_most("total_k", batch_size * p.seqlen_k, kMaxInt)))
+    return true;
+  if (at_most("tiles_q", num_tiles_q(p, tile.tile_m) * p.num_heads_q, kMaxInt)) return true;
+  return tile.smem_bytes > device.max_smem_bytes &&
+         reason("smem_bytes=", tile.smem_bytes, ": a CTA of the device has at most ",
+                device.max_smem_bytes);
+}
+
+Plan attention_plan(Arch arch, const Problem& p, const DeviceFacts& device) {
+  Plan plan = tile_of(tiles_for(arch, device), p);
+  plan.vectorized = p.alignment_bytes >= 16 && p.head_dim % kVectorElements == 0 &&
+                    p.head_dim_v % kVectorElements == 0;
+  if (p.family == Family::kFwd) {
+    plan.num_ctas = num_tiles_q(p, plan.tile_m) * p.num_heads_q;
+  } else {
+    plan.num_ctas = num_tiles_k(p, plan.tile_n) * p.num_heads_kv;
+    plan.workspace_bytes = bwd_workspace_bytes(p, plan.tile_m);
+  }
+  return plan;
+}
+
+}  // namespace fa

@@ -1,0 +1,20 @@
+// What each group of families adds to make_plan: what its kernels do not take, and how they are
+// launched. The problem is free of contradictions and an instance exists.
+#pragma once
+#include "plan/plan.h"
+#include "plan/reason.h"
+
+namespace fa {
+
+// fwd and bwd.
+FA_HD constexpr bool is_attention(Family family) {
+  return family == Family::kFwd || family == Family::kBwd;
+}
+bool attention_refuses(Arch arch, const Problem& problem, const DeviceFacts& device, Reason reason);
+Plan attention_plan(Arch arch, const Problem& problem, const DeviceFacts& device);
+
+// combine, bwd_preprocess, rotary, append_kv; the same for every architecture.
+bool row_kernel_refuses(const Problem& problem, Reason reason);
+Plan row_kernel_plan(const Problem& problem);
+
+}  // namespace fa
