@@ -15,16 +15,17 @@ namespace fa {
 
 constexpr float kMaxWeightLog2 = 8.f;
 
+// Weights are 2^(scale_log2 (score - row_max)); scale_log2 > 0 is passed to each call, because a
+// kernel that has it as a parameter spends no register on it.
+//
 // Rows of one lane: row 2 m + h is row l / 4 + 8 h of band m; the four lanes of a quad share it.
 template <int kM>
 struct OnlineSoftmax {
   static constexpr int kRows = 2 * kM;
   float row_max[kRows];  // reference score, the same in the quad; -inf: no key kept so far
   float row_sum[kRows];  // of the weights in this lane's columns
-  float scale_log2;      // weights are 2^(scale_log2 (score - row_max)); > 0
-  float slack;           // scores this far above row_max do not move it
 
-  FA_DEVICE explicit OnlineSoftmax(float scale) : scale_log2(scale), slack(kMaxWeightLog2 / scale) {
+  FA_DEVICE OnlineSoftmax() {
     FA_UNROLL
     for (int r = 0; r < kRows; ++r) {
       row_max[r] = -INFINITY;
@@ -34,7 +35,7 @@ struct OnlineSoftmax {
 
   // Scores become weights; acc_o and row_sum are made relative to the new row_max if it moves.
   template <int kN, int kD>
-  FA_DEVICE void step(AccumTile<kM, kN>& acc_s, AccumTile<kM, kD>& acc_o) {
+  FA_DEVICE void step(AccumTile<kM, kN>& acc_s, AccumTile<kM, kD>& acc_o, float scale_log2) {
     float tile_max[kRows];
     bool moves = false;
     FA_UNROLL
@@ -47,7 +48,7 @@ struct OnlineSoftmax {
       tile_max[r] = high;
       moves |= (high - row_max[r]) * scale_log2 > kMaxWeightLog2;  // false for -inf - -inf
     }
-    if (__any_sync(0xffffffffu, moves)) move_reference(tile_max, acc_o);
+    if (__any_sync(0xffffffffu, moves)) move_reference(tile_max, acc_o, scale_log2);
     FA_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const float offset = -finite_max(row_max[r]) * scale_log2;
@@ -73,7 +74,7 @@ struct OnlineSoftmax {
   }
 
   // LSE of a row, natural logarithm; behind finish().
-  FA_DEVICE float lse(int row) const {
+  FA_DEVICE float lse(int row, float scale_log2) const {
     return row_sum[row] == 0.f
                ? -INFINITY
                : (finite_max(row_max[row]) * scale_log2 + ptx::lg2_approx_ftz(row_sum[row])) * kLn2;
@@ -81,7 +82,8 @@ struct OnlineSoftmax {
 
  private:
   template <int kD>
-  FA_DEVICE void move_reference(float (&tile_max)[kRows], AccumTile<kM, kD>& acc_o) {
+  FA_DEVICE void move_reference(float (&tile_max)[kRows], AccumTile<kM, kD>& acc_o,
+                                float scale_log2) {
     FA_UNROLL
     for (int r = 0; r < kRows; ++r) {
       float high = tile_max[r];

@@ -30,31 +30,45 @@ namespace fa {
 // needed before and behind the loop only, in which every register counts.
 struct FwdWork {
   TileCoord tile;
-  SeqlenInfo q, k;
+  SeqlenInfo q_seq, k_seq;
   MaskSpec mask;
   BlockRange blocks;
+  const void* k;  // row 0 of this tile's sequence and head
+  const void* v;
 };
 
-// The launch: how tiles are numbered.
-struct FwdGrid {
+// What the launcher adds to the parameters.
+struct FwdLaunch {
   TileGrid tiles;       // fixed length
   int heads_per_group;  // (head, batch) pairs whose keys stay in L2 together
   bool longest_first;
+  float scale_log2;  // of the softmax: softmax_scale * log2(e); 1 behind a ScoreMod
 };
 
-template <int kTileM, int kTileN>
-FA_DEVICE FwdWork fwd_work(const FwdParams& p, FwdGrid grid) {
+template <class T>
+FA_DEVICE const T* row_of(const void* tensor, const Strides& strides, int batch, int64_t row,
+                          int head) {
+  return static_cast<const T*>(tensor) +
+         element_offset(strides.batch, strides.token, strides.head, batch, row, head);
+}
+
+template <class T, int kTileM, int kTileN>
+FA_DEVICE FwdWork fwd_work(const FwdParams& p, const FwdLaunch& launch) {
   FwdWork work;
-  work.tile =
-      p.seqlens_q.cu_seqlens != nullptr
-          ? varlen_tile_coord(p.seqlens_q.cu_seqlens, p.batch_size, kTileM, p.num_heads_q,
-                              blockIdx.x)
-          : tile_coord_grouped(grid.tiles, blockIdx.x, grid.longest_first, grid.heads_per_group);
+  work.tile = p.seqlens_q.cu_seqlens != nullptr
+                  ? varlen_tile_coord(p.seqlens_q.cu_seqlens, p.batch_size, kTileM, p.num_heads_q,
+                                      blockIdx.x)
+                  : tile_coord_grouped(launch.tiles, blockIdx.x, launch.longest_first,
+                                       launch.heads_per_group);
   if (work.tile.m_block < 0) return work;
-  work.q = seqlen_info(p.seqlens_q, work.tile.batch);
-  work.k = seqlen_info(p.seqlens_k, work.tile.batch);
-  work.mask = mask_spec(work.q.seqlen, work.k.seqlen, p.score.window_left, p.score.window_right);
+  work.q_seq = seqlen_info(p.seqlens_q, work.tile.batch);
+  work.k_seq = seqlen_info(p.seqlens_k, work.tile.batch);
+  work.mask =
+      mask_spec(work.q_seq.seqlen, work.k_seq.seqlen, p.score.window_left, p.score.window_right);
   work.blocks = n_block_range(work.mask, work.tile.m_block, kTileM, kTileN);
+  const int head_kv = work.tile.head / (p.num_heads_q / p.num_heads_kv);
+  work.k = row_of<T>(p.k, p.k_strides, work.tile.batch, work.k_seq.first_row, head_kv);
+  work.v = row_of<T>(p.v, p.v_strides, work.tile.batch, work.k_seq.first_row, head_kv);
   return work;
 }
 
@@ -107,18 +121,20 @@ struct FwdCta {
   static_assert(kTile.tile_m % (16 * kTile.num_warps) == 0 && kTile.tile_n % 32 == 0);
 
   const FwdParams& p;
-  const FwdWork& work;  // in shared memory
-  const ScoreMod& mod;  // in shared memory; set iff kScoreMod
+  const FwdWork& work;      // in shared memory
+  const ScoreMod& mod;      // in shared memory; set iff kScoreMod
+  const float& scale_log2;  // of the softmax, a kernel parameter
   uint32_t smem;
   int warp, lane;
   BlockAddress<TileQ::kRowBytes> by_rows, by_columns;
   AFragments<kM, kTile.q_in_regs ? kSteps : 1> q;
 
   FA_DEVICE FwdCta(const FwdParams& params, const FwdWork& cta_work, const ScoreMod& score_mod,
-                   uint32_t smem_base)
+                   const float& softmax_scale_log2, uint32_t smem_base)
       : p(params),
         work(cta_work),
         mod(score_mod),
+        scale_log2(softmax_scale_log2),
         smem(smem_base),
         warp(threadIdx.x / kWarpSize),
         lane(threadIdx.x % kWarpSize),
@@ -133,33 +149,29 @@ struct FwdCta {
     return {first_row() + warp * kWarpRows, n_block * kTile.tile_n};
   }
 
-  // Element 0 of a row of this CTA's sequence.
-  FA_DEVICE const T* row_of(const void* tensor, const Strides& strides, SeqlenInfo seq, int head,
-                            int row) const {
-    return static_cast<const T*>(tensor) + element_offset(strides.batch, strides.token,
-                                                          strides.head, work.tile.batch,
-                                                          seq.first_row + row, head);
-  }
   FA_DEVICE void load_q() const {
-    const T* first = row_of(p.q, p.q_strides, work.q, work.tile.head, first_row());
+    const T* first = row_of<T>(p.q, p.q_strides, work.tile.batch,
+                               work.q_seq.first_row + first_row(), work.tile.head);
     load_tile_async<kThreads>(
         TileQ{smem_q()},
-        GmemRows<const T>{first, p.q_strides.token, work.q.seqlen - first_row(), p.head_dim},
+        GmemRows<const T>{first, p.q_strides.token, work.q_seq.seqlen - first_row(), p.head_dim},
         threadIdx.x);
   }
-  // k, v: the first row of n_block.
-  FA_DEVICE void load_k(const T* k, int n_block, int stage) const {
-    load_tile_async<kThreads>(
-        TileKv{smem_k(stage)},
-        GmemRows<const T>{k, p.k_strides.token, work.k.seqlen - n_block * kTile.tile_n, p.head_dim},
-        threadIdx.x);
+  FA_DEVICE GmemRows<const T> rows_of_block(const void* first, int64_t row_stride, int n_block,
+                                            int num_cols) const {
+    const int row = n_block * kTile.tile_n;
+    return {static_cast<const T*>(first) + row * row_stride, row_stride, work.k_seq.seqlen - row,
+            num_cols};
   }
-  FA_DEVICE void load_v(const T* v, int n_block, int stage) const {
-    load_tile_async<kThreads>(
-        TileKv{smem_v(stage)},
-        GmemRows<const T>{v, p.v_strides.token, work.k.seqlen - n_block * kTile.tile_n,
-                          p.head_dim_v},
-        threadIdx.x);
+  FA_DEVICE void load_k(int n_block, int stage) const {
+    load_tile_async<kThreads>(TileKv{smem_k(stage)},
+                              rows_of_block(work.k, p.k_strides.token, n_block, p.head_dim),
+                              threadIdx.x);
+  }
+  FA_DEVICE void load_v(int n_block, int stage) const {
+    load_tile_async<kThreads>(TileKv{smem_v(stage)},
+                              rows_of_block(work.v, p.v_strides.token, n_block, p.head_dim_v),
+                              threadIdx.x);
   }
 
   FA_DEVICE void load_q_operand(int m, int k, uint32_t (&a)[4]) const {
@@ -225,10 +237,6 @@ struct FwdCta {
   // Everything: O and the softmax statistics of this warp's rows.
   FA_DEVICE void run(AccumTile<kM, kD>& acc_o, OnlineSoftmax<kM>& softmax) {
     int n_block = work.blocks.end - 1, stage = 0;
-    const int begin = work.blocks.begin;
-    const int head_kv = work.tile.head / (p.num_heads_q / p.num_heads_kv);
-    const T* k = row_of(p.k, p.k_strides, work.k, head_kv, n_block * kTile.tile_n);
-    const T* v = row_of(p.v, p.v_strides, work.k, head_kv, n_block * kTile.tile_n);
     load_q();
     if constexpr (kTile.q_in_regs) {
       ptx::cp_async_commit_group();
@@ -237,21 +245,19 @@ struct FwdCta {
       keep_q_in_registers();
       __syncthreads();  // and read by all: its place becomes K's and V's
     }
-    load_k(k, n_block, stage);
-    if constexpr (kTile.num_stages == 2) load_v(v, n_block, stage);
+    load_k(n_block, stage);
+    if constexpr (kTile.num_stages == 2) load_v(n_block, stage);
     ptx::cp_async_commit_group();
 
-    for (; n_block >= begin; --n_block) {
+    for (; n_block >= work.blocks.begin; --n_block) {
       ptx::cp_async_wait_group<0>();
       // K of this step (two stages: and V) is complete, and nobody reads the other buffer any more.
       __syncthreads();
-      if constexpr (kTile.num_stages == 1) load_v(v, n_block, stage);
-      k -= kTile.tile_n * p.k_strides.token;
-      v -= kTile.tile_n * p.v_strides.token;
+      if constexpr (kTile.num_stages == 1) load_v(n_block, stage);
       if constexpr (kTile.num_stages == 2) {
-        if (n_block > begin) {
-          load_k(k, n_block - 1, stage ^ 1);
-          load_v(v, n_block - 1, stage ^ 1);
+        if (n_block > work.blocks.begin) {
+          load_k(n_block - 1, stage ^ 1);
+          load_v(n_block - 1, stage ^ 1);
         }
       }
       ptx::cp_async_commit_group();
@@ -261,11 +267,11 @@ struct FwdCta {
       if constexpr (kTile.num_stages == 1) {
         ptx::cp_async_wait_group<0>();
         __syncthreads();  // V of this step is complete, and nobody reads its K any more
-        if (n_block > begin) load_k(k, n_block - 1, stage);
+        if (n_block > work.blocks.begin) load_k(n_block - 1, stage);
         ptx::cp_async_commit_group();
       }
       modify_scores(acc_s, n_block);
-      softmax.step(acc_s, acc_o);
+      softmax.step(acc_s, acc_o, scale_log2);
       if constexpr (kScoreMod) drop(acc_s, n_block);
       multiply_pv(acc_o, acc_s, stage);
       if constexpr (kTile.num_stages == 2) stage ^= 1;
@@ -278,10 +284,9 @@ struct FwdCta {
     T* dmask = static_cast<T*>(p.dmask) +
                (static_cast<int64_t>(work.tile.batch) * p.num_heads_q + work.tile.head) *
                    p.dmask_rows * p.dmask_cols;
-    const int head_kv = work.tile.head / (p.num_heads_q / p.num_heads_kv);
     for (int n_block = work.blocks.begin; n_block < work.blocks.end; ++n_block) {
       __syncthreads();  // nobody reads the K before any more
-      load_k(row_of(p.k, p.k_strides, work.k, head_kv, n_block * kTile.tile_n), n_block, 0);
+      load_k(n_block, 0);
       ptx::cp_async_commit_group();
       ptx::cp_async_wait_group<0>();
       __syncthreads();  // K is complete
@@ -292,8 +297,8 @@ struct FwdCta {
       mod.template for_each_kept<kM, kN>(at, lane, [&](int m, int n, int reg, bool kept) {
         const RowCol in_warp = accum_coord(lane, 4 * n + reg);
         const int row = at.first_row + 16 * m + in_warp.row, col = at.first_col + in_warp.col;
-        if (row >= work.q.seqlen || col >= work.k.seqlen) return;
-        const float lse_log2 = softmax.lse(2 * m + reg / 2) * kLog2e;
+        if (row >= work.q_seq.seqlen || col >= work.k_seq.seqlen) return;
+        const float lse_log2 = softmax.lse(2 * m + reg / 2, scale_log2) * kLog2e;
         const float x = acc_s.x[m][n][reg];
         const float weight = x == -INFINITY ? 0.f : ptx::ex2_approx_ftz(x - lse_log2);
         dmask[static_cast<int64_t>(row) * p.dmask_cols + col] = T(kept ? weight : -weight);
@@ -307,12 +312,13 @@ struct FwdCta {
     const TileQ smem_o{smem_q()};
     const int warp_row = warp * kWarpRows;
     const float dropout_scale = kScoreMod ? 256.f / p.score.keep_threshold : 1.f;
-    float* lse = lse_rows(p, work.tile.batch, work.tile.head, work.q.first_row) + first_row();
+    float* lse = lse_rows(p, work.tile.batch, work.tile.head, work.q_seq.first_row) + first_row();
     FA_UNROLL
     for (int r = 0; r < 2 * kM; ++r) {
       const int row = warp_row + r * 8 + lane / 4, in_seq = first_row() + row;
-      const bool exists = in_seq < work.q.seqlen;
-      if (lane % 4 == 0 && in_seq < work.q.stored) lse[row] = exists ? softmax.lse(r) : -INFINITY;
+      const bool exists = in_seq < work.q_seq.seqlen;
+      if (lane % 4 == 0 && in_seq < work.q_seq.stored)
+        lse[row] = exists ? softmax.lse(r, scale_log2) : -INFINITY;
       const float scale = output_scale(softmax.row_sum[r]) * dropout_scale;
       FA_UNROLL
       for (int d = 0; d < kD; ++d) {
@@ -325,11 +331,11 @@ struct FwdCta {
     constexpr int kLanes = TileCopy<TileQ, kThreads>::kLanes;
     T* out = static_cast<T*>(p.out) +
              element_offset(p.out_strides.batch, p.out_strides.token, p.out_strides.head,
-                            work.tile.batch, work.q.first_row + first_row(), work.tile.head);
+                            work.tile.batch, work.q_seq.first_row + first_row(), work.tile.head);
     FA_UNROLL
     for (int pass = 0; pass < kWarpRows * kLanes / kWarpSize; ++pass) {
       const int row = warp_row + pass * (kWarpSize / kLanes) + lane / kLanes;
-      if (first_row() + row >= work.q.stored) continue;
+      if (first_row() + row >= work.q_seq.stored) continue;
       for (int chunk = lane % kLanes; chunk * 8 < p.head_dim_v; chunk += kLanes) {
         ptx::st_global_v4(out + row * p.out_strides.token + chunk * 8,
                           ptx::ld_shared_v4(smem_o.chunk_address(row, chunk)));
@@ -341,23 +347,23 @@ struct FwdCta {
 template <class T, int kHeadDim, Arch kTiles, bool kScoreMod>
 __global__ void __launch_bounds__(FwdCta<T, kHeadDim, kTiles, kScoreMod>::kThreads,
                                   256 / FwdCta<T, kHeadDim, kTiles, kScoreMod>::kThreads)
-    fwd_kernel(const __grid_constant__ FwdParams p, FwdGrid grid) {
+    fwd_kernel(const __grid_constant__ FwdParams p, const __grid_constant__ FwdLaunch launch) {
   using Cta = FwdCta<T, kHeadDim, kTiles, kScoreMod>;
   extern __shared__ __align__(128) char smem[];
   __shared__ FwdWork work;
   __shared__ ScoreMod mod;
   if (threadIdx.x == 0) {
-    work = fwd_work<Cta::kTile.tile_m, Cta::kTile.tile_n>(p, grid);
+    work = fwd_work<T, Cta::kTile.tile_m, Cta::kTile.tile_n>(p, launch);
     if (kScoreMod && work.tile.m_block >= 0)
       mod = ScoreMod::of(p.score, work.mask, work.tile.batch, work.tile.head, p.num_heads_q);
   }
   __syncthreads();  // work and mod are complete
   if (work.tile.m_block < 0) return clear_rows_behind<T, Cta::kTile.tile_m>(p);
 
-  Cta cta(p, work, mod, ptx::cvta_to_shared(smem));
+  Cta cta(p, work, mod, launch.scale_log2, ptx::cvta_to_shared(smem));
   AccumTile<Cta::kM, Cta::kD> acc_o;
   acc_o.clear();
-  OnlineSoftmax<Cta::kM> softmax(kScoreMod ? 1.f : p.score.softmax_scale * kLog2e);
+  OnlineSoftmax<Cta::kM> softmax;
   if (work.blocks.size() > 0) {
     cta.run(acc_o, softmax);
     if constexpr (kScoreMod) {
@@ -377,17 +383,18 @@ int launch_fwd_kernel(const FwdParams& p, cudaStream_t stream) {
   constexpr auto kKernel = fwd_kernel<T, kHeadDim, kTiles, kScoreMod>;
   const bool varlen = p.seqlens_q.cu_seqlens != nullptr;
   const int64_t kv_bytes = int64_t{2} * p.seqlens_k.max_seqlen * (p.head_dim + p.head_dim_v);
-  FwdGrid grid;
-  grid.tiles = {ceil_div(p.seqlens_q.max_seqlen, Cta::kTile.tile_m), p.num_heads_q, p.batch_size};
-  grid.heads_per_group = l2_group_size(kv_bytes, p.num_heads_q / p.num_heads_kv, kL2GroupBytes);
-  grid.longest_first = p.score.window_right >= 0;
+  FwdLaunch launch;
+  launch.tiles = {ceil_div(p.seqlens_q.max_seqlen, Cta::kTile.tile_m), p.num_heads_q, p.batch_size};
+  launch.heads_per_group = l2_group_size(kv_bytes, p.num_heads_q / p.num_heads_kv, kL2GroupBytes);
+  launch.longest_first = p.score.window_right >= 0;
+  launch.scale_log2 = kScoreMod ? 1.f : p.score.softmax_scale * kLog2e;
   const int64_t ctas =
       varlen ? varlen_num_tiles(p.total_q, p.batch_size, Cta::kTile.tile_m, p.num_heads_q) +
                    p.num_heads_q  // one slot more: see clear_rows_behind
-             : grid.tiles.size();
+             : launch.tiles.size();
   const cudaError_t error = allow_dynamic_smem<kKernel>(Cta::kSmemBytes);
   if (error != cudaSuccess || ctas == 0) return error;
-  kKernel<<<static_cast<unsigned>(ctas), Cta::kThreads, Cta::kSmemBytes, stream>>>(p, grid);
+  kKernel<<<static_cast<unsigned>(ctas), Cta::kThreads, Cta::kSmemBytes, stream>>>(p, launch);
   return cudaGetLastError();
 }
 
