@@ -8,6 +8,7 @@
 // score.
 #pragma once
 #include "core/online_softmax.h"
+#include "ptx/barrier.h"
 #include "ptx/math.h"
 #include "tile/mma_sm80.h"
 
@@ -34,8 +35,9 @@ struct OnlineSoftmax {
   }
 
   // Scores become weights; acc_o and row_sum are made relative to the new row_max if it moves.
-  template <int kN, int kD>
-  FA_DEVICE void step(AccumTile<kM, kN>& acc_s, AccumTile<kM, kD>& acc_o, float scale_log2) {
+  template <int kN, int kD, class Rows>
+  FA_DEVICE void step(AccumTile<kM, kN>& acc_s, AccumTile<kM, kD>& acc_o, float scale_log2,
+                      const Rows& rows) {
     float tile_max[kRows];
     bool moves = false;
     FA_UNROLL
@@ -48,7 +50,7 @@ struct OnlineSoftmax {
       tile_max[r] = high;
       moves |= (high - row_max[r]) * scale_log2 > kMaxWeightLog2;  // false for -inf - -inf
     }
-    if (__any_sync(0xffffffffu, moves)) move_reference(tile_max, acc_o, scale_log2);
+    if (rows.any(moves)) move_reference(tile_max, acc_o, scale_log2, rows);
     FA_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const float offset = -finite_max(row_max[r]) * scale_log2;
@@ -64,13 +66,15 @@ struct OnlineSoftmax {
     }
   }
 
-  // Adds up the quad's sums; call once, behind the last step.
-  FA_DEVICE void finish() {
+  // Adds up the sums of all lanes that share a row; call once, behind the last step.
+  template <class Rows>
+  FA_DEVICE void finish(const Rows& rows) {
     FA_UNROLL
     for (float& sum : row_sum) {
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     }
+    rows.combine(row_sum, [](float a, float b) { return a + b; });
   }
 
   // LSE of a row, natural logarithm; behind finish().
@@ -81,15 +85,18 @@ struct OnlineSoftmax {
   }
 
  private:
-  template <int kD>
+  template <int kD, class Rows>
   FA_DEVICE void move_reference(float (&tile_max)[kRows], AccumTile<kM, kD>& acc_o,
-                                float scale_log2) {
+                                float scale_log2, const Rows& rows) {
     FA_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      float high = tile_max[r];
+    for (float& high : tile_max) {
       high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 1));
       high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));
-      high = fmaxf(high, row_max[r]);
+    }
+    rows.combine(tile_max, [](float a, float b) { return fmaxf(a, b); });
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const float high = fmaxf(tile_max[r], row_max[r]);
       const float factor = ptx::ex2_approx_ftz((row_max[r] - finite_max(high)) * scale_log2);
       row_max[r] = high;
       row_sum[r] *= factor;
@@ -99,6 +106,39 @@ struct OnlineSoftmax {
         acc_o.x[r / 2][d][r % 2 * 2 + 1] *= factor;
       }
     }
+  }
+};
+
+// How the lanes that hold parts of the same rows agree, beyond the quad: any() is true for all of
+// them if it is for one; combine() replaces each row's value, which the quad shares already, by
+// that over all parts.
+
+// All keys of a row in one warp.
+struct RowsOfWarp {
+  FA_DEVICE bool any(bool predicate) const { return __any_sync(0xffffffffu, predicate); }
+  template <int kRows, class Combine>
+  FA_DEVICE void combine(float (&)[kRows], Combine) const {}
+};
+
+// Two warps, each with half of the keys of the same rows.
+struct RowsOfPair {
+  int barrier;    // named barrier of the pair
+  int part;       // 0 or 1
+  float* buffer;  // [2, rows of the pair], in shared memory
+
+  FA_DEVICE bool any(bool predicate) const {
+    return ptx::bar_red_or(barrier, 2 * kWarpSize, predicate);
+  }
+  // The buffer is free again when both have met at the barrier once more, as any() does.
+  template <int kRows, class Combine>
+  FA_DEVICE void combine(float (&values)[kRows], Combine combine_two) const {
+    const int lane = threadIdx.x % kWarpSize;
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) buffer[(part * kRows + r) * 8 + lane / 4] = values[r];
+    ptx::bar_sync(barrier, 2 * kWarpSize);  // both halves are written
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r)
+      values[r] = combine_two(values[r], buffer[((1 - part) * kRows + r) * 8 + lane / 4]);
   }
 };
 

@@ -23,11 +23,13 @@ FA_HD constexpr int built_head_dim(int head_dim) {
 enum class MaskKind { kFull, kBordered };
 
 struct FwdTileConfig {
-  int tile_m, tile_n;  // rows of Q, rows of K and V per step
-  int num_stages;      // K and V buffers in flight
-  int num_q_stages;    // Q buffers: 2 = the next tile's Q loads while this one computes
-  int num_warps;       // that compute; SM90 adds one producer warpgroup
-  bool q_in_regs;      // Q passes through the K buffers into registers and keeps no buffer
+  int tile_m, tile_n;     // rows of Q, rows of K and V per step
+  int num_stages;         // K and V buffers in flight
+  int num_q_stages;       // Q buffers: 2 = the next tile's Q loads while this one computes
+  int num_warps;          // that compute; SM90 adds one producer warpgroup
+  bool q_in_regs;         // Q passes through the K buffers into registers and keeps no buffer
+  int warps_per_row = 1;  // 2: a pair of warps shares rows, each half of the keys of S and of the
+                          // columns of O; P goes through shared memory
 };
 
 // SM80 and SM89: warp w owns 16-row bands, tile_m / num_warps rows in all; P stays in registers.
@@ -102,7 +104,8 @@ FA_HD constexpr FwdTileConfig sm90_fwd_hdim128_short_tile_config() {
 FA_HD constexpr int fwd_smem_bytes(FwdTileConfig c, int head_dim, int head_dim_v) {
   const int kv_bytes = 2 * c.num_stages * c.tile_n * (head_dim + head_dim_v);
   const int q_bytes = 2 * c.num_q_stages * c.tile_m * max(head_dim, head_dim_v);
-  return c.q_in_regs ? max(kv_bytes, q_bytes) : kv_bytes + q_bytes;
+  const int p_bytes = c.warps_per_row == 2 ? 2 * c.tile_m * c.tile_n : 0;
+  return (c.q_in_regs ? max(kv_bytes, q_bytes) : kv_bytes + q_bytes) + p_bytes;
 }
 constexpr int kFwdBarrierBytes = 1024;  // mbarriers, 8 bytes each, and the tile's 1024 B alignment
 

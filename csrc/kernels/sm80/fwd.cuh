@@ -4,13 +4,17 @@
 //   for n_block = last ... first:  S = Q K^T;  mask(S);  P = softmax weights of S;  O += P V
 // Memory: smem_q [tile_m, head_dim], num_stages of smem_k and smem_v [tile_n, head_dim], rows
 // swizzled (core/swizzle.h); O leaves through smem_q. Where Q stays in registers it arrives through
-// the K and V buffers. Warp w owns rows [w * warp_rows, (w + 1) * warp_rows), all columns.
-// Barriers: with two stages one a step, which says that the step's keys and values have arrived and
-// that the buffers of the step before are free. With one stage two: V loads while S is computed,
-// the next K while O is. Tiles: core/tile_config.h. Numbers: docs/performance/sm80_forward.md.
-// Algorithm: FlashAttention-2, arXiv:2307.08691, algorithm 1.
+// the K and V buffers. A warp owns warp_rows rows and all columns; or, where O is too wide for
+// that, a pair of warps owns warp_rows rows, each warp half of the keys of S and half of the
+// columns of O, and P goes through smem_p [tile_m, tile_n]: half the shared memory traffic of two
+// warps with half the rows each. Barriers: with two stages one a step, which says that the step's
+// keys and values have arrived and that the buffers of the step before are free. With one stage
+// two: V loads while S is computed, the next K while O is. Tiles: core/tile_config.h. Numbers:
+// docs/performance/sm80_forward.md. Algorithm: FlashAttention-2, arXiv:2307.08691, algorithm 1.
 #pragma once
 #include <cuda_runtime.h>
+
+#include <type_traits>
 
 #include "attention/apply_mask.h"
 #include "attention/score_mod.h"
@@ -109,34 +113,44 @@ template <class T, int kHeadDim, Arch kTiles, bool kScoreMod>
 struct FwdCta {
   static constexpr FwdTileConfig kTile = fwd_tile_config(kTiles, kHeadDim, MaskKind::kFull);
   static constexpr int kThreads = fwd_compute_threads(kTile);
-  static constexpr int kWarpRows = kTile.tile_m / kTile.num_warps;
-  static constexpr int kM = kWarpRows / 16;     // bands of a warp
-  static constexpr int kN = kTile.tile_n / 8;   // accumulator columns of S
-  static constexpr int kD = kHeadDim / 8;       // of O
-  static constexpr int kSteps = kHeadDim / 16;  // k-steps of Q K^T
+  static constexpr int kParts = kTile.warps_per_row;
+  static constexpr int kWarpRows = kTile.tile_m * kParts / kTile.num_warps;
+  static constexpr int kM = kWarpRows / 16;             // bands of a warp
+  static constexpr int kN = kTile.tile_n / kParts / 8;  // accumulator columns of S
+  static constexpr int kD = kHeadDim / kParts / 8;      // of O
+  static constexpr int kSteps = kHeadDim / 16;          // k-steps of Q K^T
   using TileQ = SmemTile<kTile.tile_m, kHeadDim>;
   using TileKv = SmemTile<kTile.tile_n, kHeadDim>;
   static constexpr int kQBytes = kTile.q_in_regs ? 0 : TileQ::kBytes;
   static constexpr int kSmemBytes = fwd_smem_bytes(kTile, kHeadDim, kHeadDim);
-  static_assert(kTile.tile_m % (16 * kTile.num_warps) == 0 && kTile.tile_n % 32 == 0);
+  using TileP = SmemTile<kTile.tile_m, kTile.tile_n>;  // exists if kParts == 2
+  using Rows = std::conditional_t<kParts == 1, RowsOfWarp, RowsOfPair>;
+  static constexpr int kPairBufferFloats = kParts == 1 ? 1 : 2 * kTile.tile_m;
+  static_assert(kParts == 1 || kParts == 2);
+  static_assert(kWarpRows % 16 == 0 && kTile.tile_n / kParts % 32 == 0);
+  static_assert(kParts == 1 || kD * 8 % 64 == 0,
+                "the swizzle of V has to look alike in both halves");
 
   const FwdParams& p;
   const FwdWork& work;      // in shared memory
   const ScoreMod& mod;      // in shared memory; set iff kScoreMod
   const float& scale_log2;  // of the softmax, a kernel parameter
+  float* pair_buffer;       // [kPairBufferFloats], in shared memory
   uint32_t smem;
-  int warp, lane;
+  int warp_row, part, lane;  // first row of this warp in the tile; which half of the columns it has
   BlockAddress<TileQ::kRowBytes> by_rows, by_columns;
   AFragments<kM, kTile.q_in_regs ? kSteps : 1> q;
 
   FA_DEVICE FwdCta(const FwdParams& params, const FwdWork& cta_work, const ScoreMod& score_mod,
-                   const float& softmax_scale_log2, uint32_t smem_base)
+                   const float& softmax_scale_log2, float* buffer, uint32_t smem_base)
       : p(params),
         work(cta_work),
         mod(score_mod),
         scale_log2(softmax_scale_log2),
+        pair_buffer(buffer),
         smem(smem_base),
-        warp(threadIdx.x / kWarpSize),
+        warp_row(threadIdx.x / (kWarpSize * kParts) * kWarpRows),
+        part(threadIdx.x / kWarpSize % kParts),
         lane(threadIdx.x % kWarpSize),
         by_rows(BlockAddress<TileQ::kRowBytes>::by_rows(lane)),
         by_columns(BlockAddress<TileQ::kRowBytes>::by_columns(lane)) {}
@@ -146,7 +160,16 @@ struct FwdCta {
   FA_DEVICE uint32_t smem_q() const { return smem; }
   FA_DEVICE int first_row() const { return work.tile.m_block * kTile.tile_m; }
   FA_DEVICE ScoreOrigin origin(int n_block) const {
-    return {first_row() + warp * kWarpRows, n_block * kTile.tile_n};
+    return {first_row() + warp_row, n_block * kTile.tile_n + part * (kN * 8)};
+  }
+  FA_DEVICE TileP smem_p() const { return {smem_k(kTile.num_stages)}; }
+  FA_DEVICE Rows rows() const {
+    if constexpr (kParts == 1) {
+      return {};
+    } else {
+      const int pair = warp_row / kWarpRows;
+      return {1 + pair, part, pair_buffer + pair * 2 * kWarpRows};
+    }
   }
 
   FA_DEVICE void load_q() const {
@@ -175,7 +198,7 @@ struct FwdCta {
   }
 
   FA_DEVICE void load_q_operand(int m, int k, uint32_t (&a)[4]) const {
-    ptx::ldmatrix_x4(a, smem_q() + by_rows.offset(warp * kWarpRows + 16 * m, k));
+    ptx::ldmatrix_x4(a, smem_q() + by_rows.offset(warp_row + 16 * m, k));
   }
   FA_DEVICE void keep_q_in_registers() {
     FA_UNROLL
@@ -188,7 +211,7 @@ struct FwdCta {
   // S = Q K^T.
   FA_DEVICE void multiply_qk(AccumTile<kM, kN>& acc_s, int stage) const {
     acc_s.clear();
-    const uint32_t k_base = smem_k(stage);
+    const uint32_t k_base = smem_k(stage) + part * (kN * 8 * TileKv::kRowBytes);
     warp_gemm<T, kSteps>(
         acc_s,
         [&](int m, int k, uint32_t (&a)[4]) {
@@ -207,17 +230,45 @@ struct FwdCta {
   // O += P V.
   FA_DEVICE void multiply_pv(AccumTile<kM, kD>& acc_o, const AccumTile<kM, kN>& acc_p,
                              int stage) const {
-    const AFragments<kM, kN / 2> weights = as_a_operand<T>(acc_p);
-    const uint32_t v_base = smem_v(stage);
-    warp_gemm<T, kN / 2>(
-        acc_o,
-        [&](int m, int k, uint32_t (&a)[4]) {
-          FA_UNROLL
-          for (int i = 0; i < 4; ++i) a[i] = weights.x[m][k][i];
-        },
-        [&](int n, int k, uint32_t (&b)[4]) {
-          ptx::ldmatrix_x4_trans(b, v_base + by_rows.offset(16 * k, n));
-        });
+    const uint32_t v_base = smem_v(stage) + part * (kD * 8 * 2);
+    const auto load_v_operand = [&](int n, int k, uint32_t (&b)[4]) {
+      ptx::ldmatrix_x4_trans(b, v_base + by_rows.offset(16 * k, n));
+    };
+    if constexpr (kParts == 1) {
+      const AFragments<kM, kN / 2> weights = as_a_operand<T>(acc_p);
+      warp_gemm<T, kN / 2>(
+          acc_o,
+          [&](int m, int k, uint32_t (&a)[4]) {
+            FA_UNROLL
+            for (int i = 0; i < 4; ++i) a[i] = weights.x[m][k][i];
+          },
+          load_v_operand);
+    } else {
+      share_weights(acc_p);
+      const auto p_rows = BlockAddress<TileP::kRowBytes>::by_rows(lane);
+      warp_gemm<T, kTile.tile_n / 16>(
+          acc_o,
+          [&](int m, int k, uint32_t (&a)[4]) {
+            ptx::ldmatrix_x4(a, smem_p().base + p_rows.offset(warp_row + 16 * m, k));
+          },
+          load_v_operand);
+    }
+  }
+
+  // This warp's half of P for both warps of the pair. The P before is read by then: both have met
+  // in the softmax since.
+  FA_DEVICE void share_weights(const AccumTile<kM, kN>& acc_p) const {
+    FA_UNROLL
+    for (int r = 0; r < 2 * kM; ++r) {
+      FA_UNROLL
+      for (int n = 0; n < kN; ++n) {
+        const float* x = &acc_p.x[r / 2][n][r % 2 * 2];
+        ptx::st_shared_u32(
+            smem_p().chunk_address(warp_row + r * 8 + lane / 4, part * kN + n) + lane % 4 * 4,
+            pack<T>(x[0], x[1]));
+      }
+    }
+    ptx::bar_sync(rows().barrier, 2 * kWarpSize);  // both halves of P are written
   }
 
   // Raw scores become masked scores, in the units of the softmax.
@@ -271,12 +322,12 @@ struct FwdCta {
         ptx::cp_async_commit_group();
       }
       modify_scores(acc_s, n_block);
-      softmax.step(acc_s, acc_o, scale_log2);
+      softmax.step(acc_s, acc_o, scale_log2, rows());
       if constexpr (kScoreMod) drop(acc_s, n_block);
       multiply_pv(acc_o, acc_s, stage);
       if constexpr (kTile.num_stages == 2) stage ^= 1;
     }
-    softmax.finish();
+    softmax.finish(rows());
   }
 
   // Probabilities before dropout, negative where dropped. Recomputes S block by block.
@@ -310,24 +361,23 @@ struct FwdCta {
   // lse, and O through this warp's own rows of shared memory as whole 16-byte chunks.
   FA_DEVICE void store(const AccumTile<kM, kD>& acc_o, const OnlineSoftmax<kM>& softmax) const {
     const TileQ smem_o{smem_q()};
-    const int warp_row = warp * kWarpRows;
     const float dropout_scale = kScoreMod ? 256.f / p.score.keep_threshold : 1.f;
     float* lse = lse_rows(p, work.tile.batch, work.tile.head, work.q_seq.first_row) + first_row();
     FA_UNROLL
     for (int r = 0; r < 2 * kM; ++r) {
       const int row = warp_row + r * 8 + lane / 4, in_seq = first_row() + row;
       const bool exists = in_seq < work.q_seq.seqlen;
-      if (lane % 4 == 0 && in_seq < work.q_seq.stored)
+      if (part == 0 && lane % 4 == 0 && in_seq < work.q_seq.stored)
         lse[row] = exists ? softmax.lse(r, scale_log2) : -INFINITY;
       const float scale = output_scale(softmax.row_sum[r]) * dropout_scale;
       FA_UNROLL
       for (int d = 0; d < kD; ++d) {
         const float* x = &acc_o.x[r / 2][d][r % 2 * 2];
-        ptx::st_shared_u32(smem_o.chunk_address(row, d) + lane % 4 * 4,
+        ptx::st_shared_u32(smem_o.chunk_address(row, part * kD + d) + lane % 4 * 4,
                            exists ? pack<T>(x[0] * scale, x[1] * scale) : 0u);
       }
     }
-    __syncwarp();  // the warp's rows are complete
+    __syncwarp();  // the warp's rows (its columns of them) are complete
     constexpr int kLanes = TileCopy<TileQ, kThreads>::kLanes;
     T* out = static_cast<T*>(p.out) +
              element_offset(p.out_strides.batch, p.out_strides.token, p.out_strides.head,
@@ -336,7 +386,8 @@ struct FwdCta {
     for (int pass = 0; pass < kWarpRows * kLanes / kWarpSize; ++pass) {
       const int row = warp_row + pass * (kWarpSize / kLanes) + lane / kLanes;
       if (first_row() + row >= work.q_seq.stored) continue;
-      for (int chunk = lane % kLanes; chunk * 8 < p.head_dim_v; chunk += kLanes) {
+      const int end_chunk = min(p.head_dim_v / 8, (part + 1) * kD);
+      for (int chunk = part * kD + lane % kLanes; chunk < end_chunk; chunk += kLanes) {
         ptx::st_global_v4(out + row * p.out_strides.token + chunk * 8,
                           ptx::ld_shared_v4(smem_o.chunk_address(row, chunk)));
       }
@@ -352,6 +403,7 @@ __global__ void __launch_bounds__(FwdCta<T, kHeadDim, kTiles, kScoreMod>::kThrea
   extern __shared__ __align__(128) char smem[];
   __shared__ FwdWork work;
   __shared__ ScoreMod mod;
+  __shared__ float pair_buffer[Cta::kPairBufferFloats];
   if (threadIdx.x == 0) {
     work = fwd_work<T, Cta::kTile.tile_m, Cta::kTile.tile_n>(p, launch);
     if (kScoreMod && work.tile.m_block >= 0)
@@ -360,7 +412,7 @@ __global__ void __launch_bounds__(FwdCta<T, kHeadDim, kTiles, kScoreMod>::kThrea
   __syncthreads();  // work and mod are complete
   if (work.tile.m_block < 0) return clear_rows_behind<T, Cta::kTile.tile_m>(p);
 
-  Cta cta(p, work, mod, launch.scale_log2, ptx::cvta_to_shared(smem));
+  Cta cta(p, work, mod, launch.scale_log2, pair_buffer, ptx::cvta_to_shared(smem));
   AccumTile<Cta::kM, Cta::kD> acc_o;
   acc_o.clear();
   OnlineSoftmax<Cta::kM> softmax;
