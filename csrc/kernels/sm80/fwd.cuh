@@ -111,7 +111,7 @@ FA_DEVICE void clear_rows_behind(const FwdParams& p) {
 // One CTA's computation: the stages of the loop as functions, and what they share.
 template <class T, int kHeadDim, Arch kTiles, bool kScoreMod>
 struct FwdCta {
-  static constexpr FwdTileConfig kTile = fwd_tile_config(kTiles, kHeadDim, MaskKind::kFull);
+  static constexpr FwdTileConfig kTile = sm80_fwd_tile_config(kTiles, kHeadDim);
   static constexpr int kThreads = fwd_compute_threads(kTile);
   static constexpr int kParts = kTile.warps_per_row;
   static constexpr int kWarpRows = kTile.tile_m * kParts / kTile.num_warps;
@@ -450,15 +450,23 @@ int launch_fwd_kernel(const FwdParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+template <class T, int kHeadDim, Arch kTiles>
+int launch_fwd_tiles(const FwdParams& p, cudaStream_t stream) {
+  return has_score_mod(p.score) || p.dmask != nullptr
+             ? launch_fwd_kernel<T, kHeadDim, kTiles, true>(p, stream)
+             : launch_fwd_kernel<T, kHeadDim, kTiles, false>(p, stream);
+}
+
 template <class T, int kHeadDim>
 int launch_fwd(const FwdParams& p, cudaStream_t stream) {
-  const bool score_mod = has_score_mod(p.score) || p.dmask != nullptr;
-  if (p.tiles == Arch::kSm80) {
-    return score_mod ? launch_fwd_kernel<T, kHeadDim, Arch::kSm80, true>(p, stream)
-                     : launch_fwd_kernel<T, kHeadDim, Arch::kSm80, false>(p, stream);
+  switch (p.tiles) {
+    case Arch::kSm89: return launch_fwd_tiles<T, kHeadDim, Arch::kSm89>(p, stream);
+    case Arch::kSm90:  // one size has tiles of its own there
+      if constexpr (kHeadDim == 256) return launch_fwd_tiles<T, 256, Arch::kSm90>(p, stream);
+      return cudaErrorInvalidValue;
+    case Arch::kSm80: return launch_fwd_tiles<T, kHeadDim, Arch::kSm80>(p, stream);
   }
-  return score_mod ? launch_fwd_kernel<T, kHeadDim, Arch::kSm89, true>(p, stream)
-                   : launch_fwd_kernel<T, kHeadDim, Arch::kSm89, false>(p, stream);
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace fa
