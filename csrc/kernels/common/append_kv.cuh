@@ -38,7 +38,7 @@ FA_HD constexpr int append_kv_units_per_row(const AppendKvParams& p) {
 }
 
 template <class T, int kVec>
-__global__ void __launch_bounds__(kAppendKvThreads, kUnitCtasPerSm)
+__global__ void __launch_bounds__(kAppendKvThreads, kAppendKvCtasPerSm)
     append_kv_kernel(const __grid_constant__ AppendKvParams p, FastDiv by_token, FastDiv by_row,
                      FastDiv by_page, int tile_tokens) {
   const TokenTile tile =
@@ -52,7 +52,8 @@ __global__ void __launch_bounds__(kAppendKvThreads, kUnitCtasPerSm)
   for (int i = threadIdx.x; i < units; i += kAppendKvThreads) {
     const auto [tile_token, token_unit] = divide(i, by_token);
     const auto [head_group, unit] = divide(token_unit, by_row);
-    const int token = tile.begin + tile_token, head = head_group * kHeadsPerThread;
+    const HeadGroup heads(head_group, p.num_heads_kv);
+    const int token = tile.begin + tile_token;
     const bool is_key = unit < key_units;
     const UnitColumns columns =
         is_key ? unit_columns(p.head_dim, p.table.rotary_dim, p.table.interleaved, kVec, unit)
@@ -60,16 +61,16 @@ __global__ void __launch_bounds__(kAppendKvThreads, kUnitCtasPerSm)
     const Strides& from = is_key ? p.k_strides : p.v_strides;
     HeadUnits<T, kVec> units_of_heads;
     units_of_heads.load(static_cast<const T*>(is_key ? p.k : p.v) + tile.batch * from.batch +
-                            (tile.first_row + token) * from.token + head * from.head,
-                        from.head, columns, p.num_heads_kv - head);
+                            (tile.first_row + token) * from.token,
+                        from.head, heads, columns);
 
     const CacheSlot slot = cache_slot(p, by_page, tile.batch, cache_seqlen + token);
     if (slot.index < 0) continue;
     units_of_heads.turn(p.table, rotary_offset + token, columns);
     const Strides& to = is_key ? p.k_cache_strides : p.v_cache_strides;
     units_of_heads.store(static_cast<T*>(is_key ? p.k_cache : p.v_cache) + slot.index * to.batch +
-                             slot.token * to.token + head * to.head,
-                         to.head, columns, p.num_heads_kv - head);
+                             slot.token * to.token,
+                         to.head, heads, columns);
   }
 }
 
