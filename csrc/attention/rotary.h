@@ -96,18 +96,18 @@ struct HeadGroup {
   FA_DEVICE bool has(int i) const { return head(i) < num_heads; }
 };
 
-// One unit of the heads of one token that a thread moves. Loading, turning and storing are separate
-// steps, so that the loads are under way while the caller finds out where the row goes.
-template <class T, int kVec>
+// One unit of the kHeads heads of one token that a thread moves. Loading, turning and storing are
+// separate steps, so that the loads are under way while the caller finds out where the row goes.
+template <class T, int kVec, int kHeads>
 struct HeadUnits {
-  RowUnit<T, kVec> units[kHeadsPerThread];
+  RowUnit<T, kVec> units[kHeads];
 
   // token: its head 0. What is not there is loaded from the first head or vector instead, so that
   // no load waits for a branch; it is not stored.
   FA_DEVICE void load(const T* token, int64_t head_stride, HeadGroup heads, UnitColumns columns) {
     const int second = columns.has_second ? columns.second : columns.first;
     FA_UNROLL
-    for (int i = 0; i < kHeadsPerThread; ++i) {
+    for (int i = 0; i < kHeads; ++i) {
       const T* row = token + (heads.has(i) ? heads.head(i) : heads.first) * head_stride;
       units[i].first = load_vec_l1<kVec>(row + columns.first);
       units[i].second = load_vec_l1<kVec>(row + second);
@@ -128,7 +128,7 @@ struct HeadUnits {
 
   FA_DEVICE void store(T* token, int64_t head_stride, HeadGroup heads, UnitColumns columns) const {
     FA_UNROLL
-    for (int i = 0; i < kHeadsPerThread; ++i) {
+    for (int i = 0; i < kHeads; ++i) {
       if (!heads.has(i)) continue;
       T* row = token + heads.head(i) * head_stride;
       store_vec(row + columns.first, units[i].first);

@@ -68,7 +68,7 @@ FA_HD constexpr int bwd_preprocess_rows_per_cta(int head_dim_v, int vec) {
 // have an odd number of vectors; then its last unit has one. The thread moves the same unit of
 // kHeadsPerThread heads, which all turn by the same angles: heads group, group + num_head_groups,
 // ..., so that neighbouring groups touch neighbouring heads.
-constexpr int kHeadsPerThread = 2;
+constexpr int kHeadsPerThread = 2;  // or 1, where there is one head alone
 
 FA_HD constexpr int num_head_groups(int num_heads) {
   return ceil_div(num_heads, kHeadsPerThread);
