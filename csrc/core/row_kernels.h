@@ -18,8 +18,8 @@ constexpr int kCombineUnroll = 4;     // splits that a thread loads together
 constexpr int kBwdPreprocessThreads = 128;
 constexpr int kBwdPreprocessCtasPerSm = 5;  // 96 registers a thread: 48 hold loads in flight
 constexpr int kBwdPreprocessRowsPerGroup = 2;
-// rotary and append_kv: 80 and 72 registers a thread. Half a percent to three percent are between
-// these and the other's numbers (H100, docs/performance/row_kernels.md).
+// rotary has 80 registers a thread, append_kv 72. Larger CTAs gain 1 % for rotary and lose 6 % for
+// append_kv with rotary (H100, docs/performance/row_kernels.md).
 constexpr int kRotaryThreads = 256;
 constexpr int kRotaryCtasPerSm = 3;
 constexpr int kAppendKvThreads = 128;
