@@ -286,7 +286,7 @@ struct FwdCta {
   }
 
   // Everything: O and the softmax statistics of this warp's rows.
-  FA_DEVICE void run(AccumTile<kM, kD>& acc_o, OnlineSoftmax<kM>& softmax) {
+  FA_DEVICE void run(AccumTile<kM, kD>& acc_o, OnlineSoftmax<T, kM>& softmax) {
     int n_block = work.blocks.end - 1, stage = 0;
     load_q();
     if constexpr (kTile.q_in_regs) {
@@ -331,7 +331,7 @@ struct FwdCta {
   }
 
   // Probabilities before dropout, negative where dropped. Recomputes S block by block.
-  FA_DEVICE void write_dmask(const OnlineSoftmax<kM>& softmax) {
+  FA_DEVICE void write_dmask(const OnlineSoftmax<T, kM>& softmax) {
     T* dmask = static_cast<T*>(p.dmask) +
                (static_cast<int64_t>(work.tile.batch) * p.num_heads_q + work.tile.head) *
                    p.dmask_rows * p.dmask_cols;
@@ -359,7 +359,7 @@ struct FwdCta {
   }
 
   // lse, and O through this warp's own rows of shared memory as whole 16-byte chunks.
-  FA_DEVICE void store(const AccumTile<kM, kD>& acc_o, const OnlineSoftmax<kM>& softmax) const {
+  FA_DEVICE void store(const AccumTile<kM, kD>& acc_o, const OnlineSoftmax<T, kM>& softmax) const {
     const TileQ smem_o{smem_q()};
     const float dropout_scale = kScoreMod ? 256.f / p.score.keep_threshold : 1.f;
     float* lse = lse_rows(p, work.tile.batch, work.tile.head, work.q_seq.first_row) + first_row();
@@ -415,7 +415,7 @@ __global__ void __launch_bounds__(FwdCta<T, kHeadDim, kTiles, kScoreMod>::kThrea
   Cta cta(p, work, mod, launch.scale_log2, pair_buffer, ptx::cvta_to_shared(smem));
   AccumTile<Cta::kM, Cta::kD> acc_o;
   acc_o.clear();
-  OnlineSoftmax<Cta::kM> softmax;
+  OnlineSoftmax<T, Cta::kM> softmax;
   if (work.blocks.size() > 0) {
     cta.run(acc_o, softmax);
     if constexpr (kScoreMod) {
