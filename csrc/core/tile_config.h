@@ -145,7 +145,7 @@ FA_HD constexpr WarpgroupRegisters warpgroup_registers(int num_consumer_warpgrou
     case 1: return {kMaxRegistersPerThread, 56, 256};
     case 2: return {168, 24, 240};
     case 3: return {128, 32, 160};
-    case 4: return {96, 24, 112};
+    case 4: return {96, 32, 112};
   }
   return {0, 0, 0};
 }
