@@ -36,13 +36,13 @@ struct ScoreParams {
 
 // Attention forward: out = softmax(q k^T) v and lse.
 struct FwdParams {
-  const void* q;  // [batch_size, seqlen_q, num_heads_q, head_dim], or [total_q, ...]
-  const void* k;  // [batch_size, seqlen_k, num_heads_kv, head_dim], or [total_k, ...]
-  const void* v;  // [batch_size, seqlen_k, num_heads_kv, head_dim_v], or [total_k, ...]
-  void* out;      // [batch_size, seqlen_q, num_heads_q, head_dim_v], or [total_q, ...]
-  float* lse;     // [batch_size, num_heads_q, seqlen_q], or [num_heads_q, total_q]; contiguous
-  void* dmask;    // [batch_size, num_heads_q, dmask_rows, dmask_cols], dtype, contiguous, zeroed;
-                  // nullptr: not asked for
+  const void* q;   // [batch_size, seqlen_q, num_heads_q, head_dim], or [total_q, ...]
+  const void* k;   // [batch_size, seqlen_k, num_heads_kv, head_dim], or [total_k, ...]
+  const void* v;   // [batch_size, seqlen_k, num_heads_kv, head_dim_v], or [total_k, ...]
+  void* out;       // [batch_size, seqlen_q, num_heads_q, head_dim_v], or [total_q, ...]
+  float* lse;      // [batch_size, num_heads_q, seqlen_q], or [num_heads_q, total_q]; contiguous
+  void* dmask;     // [batch_size, num_heads_q, dmask_rows, dmask_cols], dtype, contiguous, zeroed;
+                   // nullptr: not asked for
   int* next_tile;  // [1], what the CTAs of a persistent kernel count tiles with; nullptr: the plan
                    // has no workspace
 

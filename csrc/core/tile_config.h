@@ -72,7 +72,7 @@ FA_HD constexpr FwdTileConfig fwd_tile_config(Arch arch, int head_dim, MaskKind 
       switch (built) {
         // Four warpgroups hide the exponentials, which take as long as the products here. tile_n 80
         // does not compile without serialised wgmma at the 112 registers they get. 96 KB.
-        case 64:  return {256,  64, 4, 1, 16, false};
+        case 64:  return {256,  64, 4, 2, 16, false};
         // Two warpgroups: three need P in shared memory, beyond its bandwidth. 168 KB; bordered
         // 120 KB.
         case 96:  return full ? FwdTileConfig{128, 192, 2, 1, 8, false}

@@ -66,11 +66,10 @@ struct TileOrder {
     const QuotientRemainder group = divide(tile, tiles_per_group);
     const int first = group.quotient * group_size.divisor();
     const bool is_last = first + group_size.divisor() >= grid.num_heads * grid.batch_size;
-    const QuotientRemainder block =
-        divide(group.remainder, is_last ? last_group_size : group_size);
+    const QuotientRemainder block = divide(group.remainder, is_last ? last_group_size : group_size);
     const QuotientRemainder pair = divide(first + block.remainder, num_heads);
-    return {longest_first ? grid.num_m_blocks - 1 - block.quotient : block.quotient,
-            pair.remainder, pair.quotient};
+    return {longest_first ? grid.num_m_blocks - 1 - block.quotient : block.quotient, pair.remainder,
+            pair.quotient};
   }
 };
 

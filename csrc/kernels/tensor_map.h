@@ -50,8 +50,8 @@ inline cudaError_t encode_tensor_map(CUtensorMap& map, DType dtype, const HeadTe
                                 bytes(t.batch_size, t.strides.batch)};
   const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows), 1, 1};
   const cuuint32_t element_strides[] = {1, 1, 1, 1};
-  const CUtensorMapDataType type = dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                            : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUtensorMapDataType type =
+      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUresult result =
       encoder(&map, type, 4, const_cast<void*>(t.data), sizes, strides, box, element_strides,
               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,

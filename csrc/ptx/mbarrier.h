@@ -36,22 +36,6 @@ FA_DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
 // Waits until the phase of this parity is complete. A barrier never runs more than one phase ahead
 // of a thread that waits for it.
 FA_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-#ifdef FA_SPIN_LIMIT
-  uint32_t done = 0;
-  const long long begin = clock64();
-#pragma unroll 1
-  while (true) {
-    asm volatile(
-        "{\n.reg .pred complete;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, complete;\n}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-    if (done) break;
-    if (clock64() - begin > 2000000000ll) asm volatile("trap;");
-  }
-#else
   asm volatile(
       "{\n"
       ".reg .pred complete;\n"
@@ -63,7 +47,6 @@ FA_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
       "}" ::"r"(barrier),
       "r"(parity)
       : "memory");
-#endif
 }
 
 }  // namespace fa::ptx

@@ -78,21 +78,20 @@ FA_DEVICE void wgmma_fence_operand(float (&d)[kN][4]) {
 // clang-format on
 
 // One product for each n. a, b, p: numbers of the operands behind d's registers.
-#define FA_WGMMA_SS(n, count, types, a, b, p)                                                  \
-  asm volatile(                                                                                \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, " p                                                    \
-      ", 0;\n"                                                                                 \
-      "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." types " {" FA_REGS_##count "}, " a ", " \
-      b ", p, 1, 1, 0, 0;\n}"                                                                  \
-      : FA_ACCUM_##count                                                                       \
-      : "l"(a_desc), "l"(b_desc), "r"(static_cast<int>(accumulate)))
-#define FA_WGMMA_RS(n, count, types, a0, a1, a2, a3, b)                                         \
-  asm volatile(                                                                                \
-      "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                              \
-      "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." types " {" FA_REGS_##count "}, {" a0   \
-      ", " a1 ", " a2 ", " a3 "}, " b ", p, 1, 1, 1;\n}"                                       \
-               : FA_ACCUM_##count                                                              \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc))
+#define FA_WGMMA_SS(n, count, types, a, b, p)                                               \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p                                        \
+               ", 0;\n"                                                                     \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." types " {" FA_REGS_##count \
+               "}, " a ", " b ", p, 1, 1, 0, 0;\n}"                                         \
+               : FA_ACCUM_##count                                                           \
+               : "l"(a_desc), "l"(b_desc), "r"(static_cast<int>(accumulate)))
+#define FA_WGMMA_RS(n, count, types, a0, a1, a2, a3, b)                            \
+  asm volatile(                                                                    \
+      "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                   \
+      "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." types " {" FA_REGS_##count \
+      "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", p, 1, 1, 1;\n}"                 \
+      : FA_ACCUM_##count                                                           \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc))
 
 // a and b from shared memory, both with consecutive k; d = a b if not accumulate. Descriptors:
 // tile/smem_tile_sm90.h.
@@ -116,8 +115,7 @@ FA_DEVICE void wgmma_m64k16_rs(float (&d)[kN][4], const uint32_t (&a)[4], uint64
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
   static_assert(kN == 8 || kN == 16, "write the operand list of this n");
   constexpr bool kHalf = std::is_same_v<T, __half>;
-  if constexpr (kN == 8 && kHalf)
-    FA_WGMMA_RS(64, 32, "f16.f16", "%32", "%33", "%34", "%35", "%36");
+  if constexpr (kN == 8 && kHalf) FA_WGMMA_RS(64, 32, "f16.f16", "%32", "%33", "%34", "%35", "%36");
   if constexpr (kN == 8 && !kHalf)
     FA_WGMMA_RS(64, 32, "bf16.bf16", "%32", "%33", "%34", "%35", "%36");
   if constexpr (kN == 16 && kHalf)

@@ -29,4 +29,17 @@ FA_DEVICE void warpgroup_gemm_ab(AccumTile<1, kN>& acc, const AFragments<1, kK>&
     ptx::wgmma_m64k16_rs<T>(acc.x[0], a.x[0][k], b_desc + k * TileB::kMnMajorStep);
 }
 
+// Lane c of each quad gets word c of its four lanes, in their order: x[i] becomes x[c] of lane i.
+FA_DEVICE void transpose_in_quad(uint32_t (&x)[4], int lane) {
+  const bool odd = lane & 1, upper = lane & 2;
+  const uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? x[0] : x[1], 1);
+  const uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? x[2] : x[3], 1);
+  (odd ? x[0] : x[1]) = a;
+  (odd ? x[2] : x[3]) = b;
+  const uint32_t c = __shfl_xor_sync(0xffffffffu, upper ? x[0] : x[2], 2);
+  const uint32_t d = __shfl_xor_sync(0xffffffffu, upper ? x[1] : x[3], 2);
+  (upper ? x[0] : x[2]) = c;
+  (upper ? x[1] : x[3]) = d;
+}
+
 }  // namespace fa

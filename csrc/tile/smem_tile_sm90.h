@@ -24,8 +24,7 @@ struct SwizzledTile {
 
   // Address of chunk `chunk` (8 elements) of a row.
   FA_DEVICE uint32_t chunk_address(int row, int chunk) const {
-    return base + chunk / 8 * kSlabBytes +
-           swizzle_128b(row, chunk % 8 * kSwizzleChunkBytes);
+    return base + chunk / 8 * kSlabBytes + swizzle_128b(row, chunk % 8 * kSwizzleChunkBytes);
   }
 
   // As an operand whose k runs along the columns.
