@@ -82,6 +82,8 @@ const std::map<std::string, Setter>& problem_fields() {
       {"softcap", set_field<&Problem::softcap>},
       {"alibi", set_field<&Problem::alibi>},
       {"dropout", set_field<&Problem::dropout>},
+      {"dmask", set_field<&Problem::dmask>},
+      {"positive_scale", set_field<&Problem::positive_scale>},
       {"deterministic", set_field<&Problem::deterministic>},
       {"num_splits", set_field<&Problem::num_splits>},
       {"rotary_dim", set_field<&Problem::rotary_dim>},

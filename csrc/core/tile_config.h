@@ -32,6 +32,17 @@ struct FwdTileConfig {
                           // columns of O; P goes through shared memory
 };
 
+FA_HD constexpr bool same_tile(FwdTileConfig a, FwdTileConfig b) {
+  return a.tile_m == b.tile_m && a.tile_n == b.tile_n && a.num_stages == b.num_stages &&
+         a.num_q_stages == b.num_q_stages && a.num_warps == b.num_warps &&
+         a.q_in_regs == b.q_in_regs && a.warps_per_row == b.warps_per_row;
+}
+
+// The rows of the table for a mask; SM90 has some for each.
+FA_HD constexpr MaskKind mask_kind(int window_left, int window_right) {
+  return window_left >= 0 || window_right >= 0 ? MaskKind::kBordered : MaskKind::kFull;
+}
+
 // SM80 and SM89: warp w owns 16-row bands, tile_m / num_warps rows in all; P stays in registers.
 // SM90: every consumer warpgroup owns 64 rows; P stays in registers.
 FA_HD constexpr FwdTileConfig fwd_tile_config(Arch arch, int head_dim, MaskKind mask) {
@@ -71,14 +82,15 @@ FA_HD constexpr FwdTileConfig fwd_tile_config(Arch arch, int head_dim, MaskKind 
     case Arch::kSm90:
       switch (built) {
         // Four warpgroups hide the exponentials, which take as long as the products here. tile_n 80
-        // does not compile without serialised wgmma at the 112 registers they get. 96 KB.
+        // does not compile without serialised wgmma at the 112 registers they get. Two Q stages
+        // (128 KB) are 1 to 4 % faster than one.
         case 64:  return {256,  64, 4, 2, 16, false};
         // Two warpgroups: three need P in shared memory, beyond its bandwidth. 168 KB; bordered
         // 120 KB.
         case 96:  return full ? FwdTileConfig{128, 192, 2, 1, 8, false}
                               : FwdTileConfig{128, 128, 2, 1, 8, false};
         // Full: three warpgroups read each key once for 192 rows; tile_n 96 serialises at 160
-        // registers; the third stage fits (168 KB). Bordered: 128 wide so that the diagonal
+        // registers; the third stage fits (168 KB); a second Q stage is 2 to 3 % slower from 8k on. Bordered: 128 wide so that the diagonal
         // wastes little, two Q stages so that the next tile starts early (192 KB).
         case 128: return full ? FwdTileConfig{192,  80, 3, 1, 12, false}
                               : FwdTileConfig{128, 128, 2, 2,  8, false};

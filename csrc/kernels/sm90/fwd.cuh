@@ -563,9 +563,13 @@ int launch_fwd_kernel(const FwdParams& p, cudaStream_t stream) {
 
 template <class T, int kHeadDim>
 int launch_fwd(const FwdParams& p, cudaStream_t stream) {
-  const bool bordered = p.score.window_left >= 0 || p.score.window_right >= 0;
-  return bordered ? launch_fwd_kernel<T, kHeadDim, MaskKind::kBordered>(p, stream)
-                  : launch_fwd_kernel<T, kHeadDim, MaskKind::kFull>(p, stream);
+  constexpr bool kOneTile = same_tile(fwd_tile_config(Arch::kSm90, kHeadDim, MaskKind::kFull),
+                                      fwd_tile_config(Arch::kSm90, kHeadDim, MaskKind::kBordered));
+  if constexpr (!kOneTile) {
+    if (mask_kind(p.score.window_left, p.score.window_right) == MaskKind::kBordered)
+      return launch_fwd_kernel<T, kHeadDim, MaskKind::kBordered>(p, stream);
+  }
+  return launch_fwd_kernel<T, kHeadDim, MaskKind::kFull>(p, stream);
 }
 
 }  // namespace fa
