@@ -90,8 +90,9 @@ FA_HD constexpr FwdTileConfig fwd_tile_config(Arch arch, int head_dim, MaskKind 
         case 96:  return full ? FwdTileConfig{128, 192, 2, 1, 8, false}
                               : FwdTileConfig{128, 128, 2, 1, 8, false};
         // Full: three warpgroups read each key once for 192 rows; tile_n 96 serialises at 160
-        // registers; the third stage fits (168 KB); a second Q stage is 2 to 3 % slower from 8k on. Bordered: 128 wide so that the diagonal
-        // wastes little, two Q stages so that the next tile starts early (192 KB).
+        // registers; the third stage fits (168 KB); a second Q stage is 2 to 3 % slower from 8k
+        // on. Bordered: 128 wide so that the diagonal wastes little, two Q stages so that the next
+        // tile starts early (192 KB).
         case 128: return full ? FwdTileConfig{192,  80, 3, 1, 12, false}
                               : FwdTileConfig{128, 128, 2, 2,  8, false};
         // 216 KB of 227: 128 keys would need 240 KB.
