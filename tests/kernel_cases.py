@@ -158,3 +158,7 @@ def _variants() -> dict[str, dict[str, str]]:
 
 
 VARIANTS = _variants()
+
+A100 = {"FLASH_ATTN_EXT_ARCH": "sm80", "FLASH_ATTN_EXT_SMEM_KB": "163"}
+"""Environment for the tiles of a GPU with 163 KB, which differ from those of larger ones for few
+head dimensions only; no variant of its own."""
