@@ -159,20 +159,20 @@ FA_HD constexpr BwdTileConfig bwd_tile_config(Arch arch, int head_dim, MaskKind 
   switch (arch) {
     case Arch::kSm80:  // P and dS each have a buffer: num_ds_stages = 2
       switch (built) {
-        case 64:  return {128, 128, 2, 1, 2, 8, false, false};  // 144 KB
-        case 96:  return { 64, 128, 2, 1, 2, 8, false, false};  // 116 KB; 128 rows need 184 KB
-        case 128: return { 64, 128, 2, 1, 2, 8, false, false};  // 144 KB
-        case 192: return { 64,  64, 2, 1, 2, 8, false, false};  // 136 KB; 128 keys need 256 regs
-        case 256: return { 64,  64, 1, 1, 2, 8, false, false};  // 144 KB; a second Q needs 176 KB
+        case 64:  return {128, 128, 2, 2, 2, 8, false, false};  // 160 KB
+        case 96:  return { 64, 128, 2, 2, 2, 8, false, false};  // 128 KB
+        case 128: return { 64, 128, 2, 2, 2, 8, false, false};  // 160 KB
+        case 192: return { 64,  64, 2, 2, 2, 8, false, false};  // 160 KB
+        case 256: return { 64,  64, 1, 1, 2, 8, false, false};  // 144 KB
       }
       break;
     case Arch::kSm89:
       switch (built) {
-        case 64:  return { 64, 128, 2, 1, 2, 8, false, false};  // 88 KB; 128 rows need 144 KB
-        case 96:  return { 64, 128, 1, 1, 2, 8, true,  false};  // 80 KB; V's buffer would make 104
-        case 128: return { 64,  64, 2, 1, 2, 8, false, false};  // 96 KB; 128 keys need 144 KB
-        case 192: return { 64,  64, 1, 1, 2, 8, true,  false};  // 88 KB; V's buffer would make 112
-        case 256: return { 64,  32, 1, 1, 2, 8, true,  false};  // 88 KB; 64 keys need 112 KB
+        case 64:  return { 64, 128, 2, 2, 2, 8, false, false};  // 96 KB
+        case 96:  return { 64,  64, 2, 2, 2, 4, false, false};  // 88 KB
+        case 128: return { 64,  64, 1, 1, 2, 4, false, false};  // 80 KB
+        case 192: return { 32,  64, 1, 1, 2, 8, false, false};  // 80 KB
+        case 256: return { 32,  32, 1, 1, 2, 4, false, false};  // 68 KB
       }
       break;
     case Arch::kSm90:
