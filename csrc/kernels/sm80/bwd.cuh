@@ -424,14 +424,14 @@ FA_DEVICE void zero_kept_gradients(const BwdParams& p, const BwdTile& tile, int 
 template <class T, int kHeadDim, Arch kTiles, bool kScoreMod>
 __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads,
                                   BwdShape<kHeadDim, kTiles>::kCtasPerSm)
-    bwd_kernel(const __grid_constant__ BwdParams p, TileGrid grid) {
+    bwd_kernel(const __grid_constant__ BwdParams p, TileGrid grid, int heads_per_group) {
   using Cta = BwdCta<T, kHeadDim, kTiles, kScoreMod>;
   using Shape = typename Cta::Shape;
   extern __shared__ __align__(1024) unsigned char smem[];
 
   BwdTile tile;
   // n_block 0 first: under a causal mask it has most queries, and dq's turns follow that order.
-  const TileCoord coord = tile_coord(grid, blockIdx.x, false);
+  const TileCoord coord = tile_coord_grouped(grid, blockIdx.x, false, heads_per_group);
   tile.n_block = coord.m_block, tile.head_kv = coord.head, tile.batch = coord.batch;
   tile.seq_q = seqlen_info_or_rest(p.seqlens_q, tile.batch, p.batch_size, p.total_q);
   tile.seq_k = seqlen_info_or_rest(p.seqlens_k, tile.batch, p.batch_size, p.total_k);
@@ -492,6 +492,12 @@ __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads,
   cta.store_gradient(acc);
 }
 
+// KV heads whose queries fill a share of the L2 cache run at the same time.
+#ifndef L2MB
+#define L2MB 16
+#endif
+constexpr int64_t kBwdL2GroupBytes = int64_t{L2MB} << 20;
+
 // Sequences of a launch: varlen tensors have the rest behind the last one as well.
 inline int bwd_num_sequences(const BwdParams& p) {
   return p.batch_size + (p.seqlens_q.cu_seqlens || p.seqlens_k.cu_seqlens ? 1 : 0);
@@ -506,8 +512,12 @@ int launch_bwd_kernel(const BwdParams& p, cudaStream_t stream) {
   const TileGrid grid{max(1, ceil_div(p.seqlens_k.max_seqlen, Shape::kTileN)), p.num_heads_kv,
                       bwd_num_sequences(p)};
   if (grid.size() == 0) return cudaSuccess;
+  // What the CTAs of one KV head stream: Q and dO, and dQ in fp32.
+  const int64_t stream_bytes = int64_t{p.num_heads_q / p.num_heads_kv} * p.seqlens_q.max_seqlen *
+                               (2 * (p.head_dim + p.head_dim_v) + 4 * kHeadDim);
+  const int heads_per_group = l2_group_size(stream_bytes, 1, kBwdL2GroupBytes);
   kKernel<<<static_cast<unsigned>(grid.size()), Shape::kThreads, Shape::kSmemBytes, stream>>>(
-      p, grid);
+      p, grid, heads_per_group);
   return cudaGetLastError();
 }
 
