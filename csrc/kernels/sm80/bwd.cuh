@@ -14,11 +14,8 @@
 // rounded by bwd_postprocess. Instances: instances/sm80_bwd_*.cu.
 // Numbers: docs/performance/sm80_backward.md.
 #pragma once
-#ifndef ORD
-#define ORD 0
-#endif
-#ifndef SB
-#define SB 0
+#ifndef OPQ
+#define OPQ (kHeadDim <= 128)
 #endif
 #include "attention/bwd_scores.h"
 #include "core/bwd_workspace.h"
@@ -80,6 +77,7 @@ struct BwdCta {
   using Scores = AccumTile<Shape::kBands, Shape::kChunk / 8>;       // transposed
   using Operand = AFragments<Shape::kBands, Shape::kChunk / 16>;    // P^T or dS^T
   using Gradient = AccumTile<Shape::kBands, kHeadDim / 8>;          // dV or dK
+  using Kept = AFragments<Shape::kBands, Shape::kKeptInRegs ? kHeadDim / 16 : 1>;  // K or V
   using HeadRows = BlockAddress<KeptTile::kRowBytes>;
   using ScoreRows = BlockAddress<ScoreTile::kRowBytes>;
 
@@ -89,13 +87,8 @@ struct BwdCta {
   int warp, lane;
   bool owns_dv;   // else dK
   int warp_key;   // first key of this warp, in the CTA's tile
-#ifndef OPQ
-#define OPQ 1
-#endif
   static FA_DEVICE int opaque(int x) {
-#if OPQ
-    asm volatile("" : "+r"(x));
-#endif
+    if constexpr (OPQ) asm volatile("" : "+r"(x));
     return x;
   }
   // Where Q or dO of a step lies; statistics and scores always have two stages.
@@ -172,16 +165,43 @@ struct BwdCta {
     return {tile.n_block * Shape::kTileN + warp_key, step.m_block * Shape::kTileM + chunk};
   }
 
+  // This warp's rows of K or V as operands, where registers hold them throughout.
+  FA_DEVICE Kept load_kept_operand() const {
+    Kept kept;
+    if constexpr (Shape::kKeptInRegs) {
+      const uint32_t rows = kept_rows();
+      const HeadRows a_rows = HeadRows::by_rows(lane);
+      FA_UNROLL
+      for (int m = 0; m < Shape::kBands; ++m) {
+        FA_UNROLL
+        for (int k = 0; k < kHeadDim / 16; ++k)
+          ptx::ldmatrix_x4(kept.x[m][k], rows + a_rows.offset(16 * m, k));
+      }
+    }
+    return kept;
+  }
+  FA_DEVICE uint32_t kept_rows() const {
+    return smem + (owns_dv ? Shape::kK : Shape::kV) + warp_key * KeptTile::kRowBytes;
+  }
+
   // S^T = K Q^T or dP^T = V dO^T for queries [chunk, chunk + kChunk).
-  FA_DEVICE void multiply_scores(Scores& acc, int stage, int chunk) const {
+  FA_DEVICE void multiply_scores(Scores& acc, const Kept& kept, int stage, int chunk) const {
     const int at = opaque(lane);
-    const uint32_t kept = smem + (owns_dv ? Shape::kK : Shape::kV) + warp_key * KeptTile::kRowBytes;
-    const uint32_t stream = smem + stream_offset(owns_dv ? Shape::kQ : Shape::kDout, stage) + chunk * StreamTile::kRowBytes;
+    const uint32_t rows = kept_rows();
+    const uint32_t stream = smem + stream_offset(owns_dv ? Shape::kQ : Shape::kDout, stage) +
+                            chunk * StreamTile::kRowBytes;
     const HeadRows a_rows = HeadRows::by_rows(at), b_rows = HeadRows::by_columns(at);
     acc.clear();
     warp_gemm<T, kHeadDim / 16>(
         acc,
-        [&](int m, int k, uint32_t(&a)[4]) { ptx::ldmatrix_x4(a, kept + a_rows.offset(16 * m, k)); },
+        [&](int m, int k, uint32_t(&a)[4]) {
+          if constexpr (Shape::kKeptInRegs) {
+            FA_UNROLL
+            for (int r = 0; r < 4; ++r) a[r] = kept.x[m][k][r];
+          } else {
+            ptx::ldmatrix_x4(a, rows + a_rows.offset(16 * m, k));
+          }
+        },
         [&](int n, int k, uint32_t(&b)[4]) {
           ptx::ldmatrix_x4(b, stream + b_rows.offset(16 * n, k));
         });
@@ -193,7 +213,7 @@ struct BwdCta {
   FA_DEVICE void for_each_pair(int stage, int chunk, Visit visit) const {
     constexpr int kPeriod = ScoreTile::kRowBytes % 128 == 0 ? 8 : 4;
     const uint32_t base =
-        smem + Shape::kScores + (SB ? 0 : stage) * ScoreTile::kBytes + warp_key * ScoreTile::kRowBytes;
+        smem + Shape::kScores + stage * ScoreTile::kBytes + warp_key * ScoreTile::kRowBytes;
     const int hidden = opaque(lane);
     const uint32_t at = swizzle_row<ScoreTile::kRowBytes>(hidden / 4, hidden % 4 * 4);
     FA_UNROLL
@@ -299,13 +319,11 @@ struct BwdCta {
             dp[1] = __float_as_int(prob.y) < 0 ? 0.f : dp[1] * factor;
             pair = pack<T>(fabsf(prob.x) * (dp[0] - d.x), fabsf(prob.y) * (dp[1] - d.y));
           } else {
-#if PK
             if constexpr (!std::is_same_v<T, __half>) {
               const uint32_t t = pack<T>(dp[0] - d.x, dp[1] - d.y);
               const __nv_bfloat162 r = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&pair), *reinterpret_cast<const __nv_bfloat162*>(&t));
               pair = *reinterpret_cast<const uint32_t*>(&r);
             } else
-#endif
             pair = pack<T>(prob.x * (dp[0] - d.x), prob.y * (dp[1] - d.y));
           }
         }
@@ -335,7 +353,8 @@ struct BwdCta {
   // One step of this warp but for dQ. prefetch() starts the loads of the next one: behind the first
   // product, so that the step begins with it at once.
   template <class Prefetch>
-  FA_DEVICE void accumulate_step(Gradient& acc, BwdStep step, int stage, Prefetch prefetch) const {
+  FA_DEVICE void accumulate_step(Gradient& acc, const Kept& kept, BwdStep step, int stage,
+                                 Prefetch prefetch) const {
     FA_UNROLL
     for (int c = 0; c < Shape::kChunks; ++c) {
       const int chunk = c * Shape::kChunk;
@@ -343,10 +362,8 @@ struct BwdCta {
       // is in shared memory. It is free again at the CTA's next barrier.
       const int barrier = 1 + warp % Shape::kRoleWarps * Shape::kChunks + c;
       Scores scores;
-      multiply_scores(scores, stage, chunk);
-#if !LDTOP
+      multiply_scores(scores, kept, stage, chunk);
       if (c == 0) prefetch();
-#endif
       Operand operand;
       if (owns_dv) {
         operand = to_probs(scores, step, stage, chunk);
@@ -355,14 +372,7 @@ struct BwdCta {
         ptx::bar_sync(barrier, 2 * kWarpSize);
         operand = to_dscores(scores, stage, chunk);
       }
-#if SB
-      if (SB == 1 && c == Shape::kChunks - 1) { __syncthreads(); add_dq(step, stage); }
-      if (SB == 2 && c == Shape::kChunks - 1 && !owns_dv) { __syncthreads(); add_dq(step, stage); }
-#endif
       accumulate(acc, operand, stage, chunk);
-#if SB
-      if (SB == 2 && c == Shape::kChunks - 1 && owns_dv) { __syncthreads(); add_dq(step, stage); }
-#endif
     }
   }
 
@@ -379,7 +389,7 @@ struct BwdCta {
     uint32_t a_block[Shape::kDqRows / 16], b_block[Shape::kDqCols / 16];
     FA_UNROLL
     for (int m = 0; m < Shape::kDqRows / 16; ++m)
-      a_block[m] = smem + Shape::kScores + (SB ? 0 : stage) * ScoreTile::kBytes +
+      a_block[m] = smem + Shape::kScores + stage * ScoreTile::kBytes +
                    a_rows.offset(0, part.row / 16 + m);
     FA_UNROLL
     for (int n = 0; n < Shape::kDqCols / 16; ++n)
@@ -517,11 +527,7 @@ __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads,
     return;
   }
 
-  #if SHF
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
-#else
   const int warp = threadIdx.x / kWarpSize;
-#endif
   const Cta cta{p,
                 tile,
                 ptx::cvta_to_shared(smem),
@@ -536,40 +542,9 @@ __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads,
   BwdStep step = next.step, last;
   cta.load_step(next, 0);
   cta.store_statistic(cta.load_statistic(next), 0);
-#if FG
   ptx::cp_async_wait_group<0>();
-  __syncthreads();
-  for (int i = 0; i < num_steps; ++i) {
-    const int stage = i % 2;
-    const bool has_next = i + 1 < num_steps;
-    if (!cta.owns_dv && i > 0) cta.add_dq(last, stage ^ 1);
-    next.advance(p, tile.blocks.size(), tile.blocks.begin, Shape::kTileM);
-    float statistic = 0.f;
-    cta.accumulate_step(acc, step, stage, [&] {
-      if (!has_next) return;
-      if (Shape::kStages == 2) cta.load_step(next, stage ^ 1);
-      statistic = cta.load_statistic(next);
-    });
-    cta.store_statistic(statistic, stage ^ 1);
-    ptx::cp_async_wait_group<0>();
-    constexpr int kFirst = 1 + Shape::kRoleWarps * Shape::kChunks;
-    if (cta.owns_dv) {
-      ptx::bar_arrive(kFirst + stage, Shape::kThreads);
-      if (i > 0) cta.add_dq(last, stage ^ 1);
-      ptx::bar_sync(kFirst + 2 + stage, Shape::kThreads);
-    } else {
-      ptx::bar_arrive(kFirst + 2 + stage, Shape::kThreads);
-      ptx::bar_sync(kFirst + stage, Shape::kThreads);
-    }
-    last = step;
-    step = next.step;
-    if (Shape::kStages == 1 && has_next) {
-      cta.load_step(next, 0);
-      ptx::cp_async_wait_group<0>();
-      __syncthreads();
-    }
-  }
-#else
+  __syncthreads();  // K and V are there
+  const typename Cta::Kept kept = cta.load_kept_operand();
   for (int i = 0; i < num_steps; ++i) {
     const int stage = i % 2;
     const bool has_next = i + 1 < num_steps;
@@ -584,16 +559,9 @@ __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads,
       if (Shape::kStages == 2) cta.load_step(next, stage ^ 1);
       statistic = cta.load_statistic(next);
     };
-#if LDTOP
-    prefetch();
-#endif
-#if SB
-    cta.accumulate_step(acc, step, stage, prefetch);
-#else
-    if ((ORD == 1 || !cta.owns_dv) && i > 0) cta.add_dq(last, stage ^ 1);
-    cta.accumulate_step(acc, step, stage, prefetch);
-    if (ORD == 0 && cta.owns_dv && i > 0) cta.add_dq(last, stage ^ 1);
-#endif
+    if (!cta.owns_dv && i > 0) cta.add_dq(last, stage ^ 1);
+    cta.accumulate_step(acc, kept, step, stage, prefetch);
+    if (cta.owns_dv && i > 0) cta.add_dq(last, stage ^ 1);
     last = step;
     step = next.step;
     if (!has_next) break;
@@ -603,20 +571,14 @@ __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads,
       cta.load_step(next, 0);
     }
   }
-#endif
-#if !SB
   __syncthreads();  // dS of the last step is there
   cta.add_dq(last, (num_steps - 1) % 2);
-#endif
   __syncthreads();  // K is no longer read: its space passes the gradients
   cta.store_gradient(acc);
 }
 
 // KV heads whose queries fill a share of the L2 cache run at the same time.
-#ifndef L2MB
-#define L2MB 16
-#endif
-constexpr int64_t kBwdL2GroupBytes = int64_t{L2MB} << 20;
+constexpr int64_t kBwdL2GroupBytes = 16 << 20;
 
 // Sequences of a launch: varlen tensors have the rest behind the last one as well.
 inline int bwd_num_sequences(const BwdParams& p) {

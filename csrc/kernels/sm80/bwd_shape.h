@@ -1,9 +1,6 @@
 // Compile-time sizes of the SM80 backward: how a tile is divided among the warps, and where things
 // lie in shared memory and in dq_accum. Shared by the kernel and its postprocess.
 #pragma once
-#ifndef SB
-#define SB 0
-#endif
 #include "core/tile_config.h"
 #include "tile/mma_sm80.h"
 
@@ -16,6 +13,7 @@ struct BwdShape {
   static constexpr int kStages = kTile.num_q_stages;
   static constexpr int kThreads = kTile.num_warps * kWarpSize;
   static constexpr int kCtasPerSm = 256 / kThreads;  // what 255 registers a thread leave room for
+  static_assert(2 * kTileM <= kThreads);  // one thread loads one LSE or delta
   static_assert(kTile.num_dout_stages == kStages && kTile.num_ds_stages == 2);
 
   // Half of the warps own dV, the other half dK; each owns kWarpKeys rows of it.
@@ -25,6 +23,14 @@ struct BwdShape {
   // Queries whose scores a warp holds at a time: 64 scores a thread.
   static constexpr int kChunk = min(kTileM, 2048 / kWarpKeys);
   static constexpr int kChunks = kTileM / kChunk;
+
+#ifndef KIR
+#define KIR 208
+#endif
+  // A warp's rows of K or V stay in registers if they, the gradient and the scores leave room for
+  // operands.
+  static constexpr bool kKeptInRegs =
+      kWarpKeys * (kHeadDim + kChunk + kHeadDim / 2) / kWarpSize <= KIR;
 
   // dQ of a step, tile_m x head_dim, is shared by all warps: kDqWarpsM x kDqWarpsD parts.
   static constexpr bool divides(int warps_m) {
@@ -45,7 +51,7 @@ struct BwdShape {
   static constexpr int kK = 0, kV = kK + KeptTile::kBytes;
   static constexpr int kQ = kV + KeptTile::kBytes, kDout = kQ + kStages * StreamTile::kBytes;
   static constexpr int kScores = kDout + kStages * StreamTile::kBytes;
-  static constexpr int kStatistics = kScores + (SB ? 1 : 2) * ScoreTile::kBytes;
+  static constexpr int kStatistics = kScores + 2 * ScoreTile::kBytes;
   static constexpr int kStatisticBytes = kTileM * static_cast<int>(sizeof(float));  // LSE or delta
   static constexpr int kSmemBytes = kStatistics + 2 * 2 * kStatisticBytes;
   static_assert(kSmemBytes <= 227 * 1024);
