@@ -3,7 +3,8 @@
 The ops carry no autograd formula. ``attention`` and ``varlen_attention`` call them directly if no
 input requires grad (a Function costs several microseconds), else through ``_Attention`` and
 ``_VarlenAttention``, whose backward is one op as well. Both outputs are differentiable: the
-gradient of lse enters the backward as ``delta = rowsum(dout * out) - dlse``.
+gradient of lse enters the backward as ``delta = rowsum(dout * out) - dlse``. An op that was refused
+(FLASH_ATTN_EXT_FALLBACK=error) raises UnsupportedError here, whatever torch makes of it on the way.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _schema
+from .backends import raise_refusal_behind
 from .errors import UnsupportedError
 
 _fwd = _schema.op("fwd")
@@ -150,24 +152,28 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, alibi_slopes, rng_state = ctx.saved_tensors
         options: Options = ctx.options
-        gradients = _bwd(
-            _output_gradient(dout, out),
-            q,
-            k,
-            v,
-            out,
-            lse,
-            None if dlse is None else dlse.contiguous(),
-            alibi_slopes,
-            rng_state,
-            options.softmax_scale,
-            options.window_left,
-            options.window_right,
-            options.softcap,
-            options.dropout_p,
-            ctx.deterministic,
-            options.sm_margin,
-        )
+        try:
+            gradients = _bwd(
+                _output_gradient(dout, out),
+                q,
+                k,
+                v,
+                out,
+                lse,
+                None if dlse is None else dlse.contiguous(),
+                alibi_slopes,
+                rng_state,
+                options.softmax_scale,
+                options.window_left,
+                options.window_right,
+                options.softcap,
+                options.dropout_p,
+                ctx.deterministic,
+                options.sm_margin,
+            )
+        except RuntimeError as error:
+            raise_refusal_behind(error)
+            raise
         return *_first_order_only(gradients, q, k, v, dout, dlse), None, None, None, None
 
 
@@ -229,27 +235,31 @@ class _VarlenAttention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *lengths, alibi_slopes, rng_state = ctx.saved_tensors
         options: Options = ctx.options
-        gradients = _varlen_bwd(
-            _output_gradient(dout, out),
-            q,
-            k,
-            v,
-            out,
-            lse,
-            None if dlse is None else dlse.contiguous(),
-            *lengths,
-            ctx.max_seqlen_q,
-            ctx.max_seqlen_k,
-            alibi_slopes,
-            rng_state,
-            options.softmax_scale,
-            options.window_left,
-            options.window_right,
-            options.softcap,
-            options.dropout_p,
-            ctx.deterministic,
-            options.sm_margin,
-        )
+        try:
+            gradients = _varlen_bwd(
+                _output_gradient(dout, out),
+                q,
+                k,
+                v,
+                out,
+                lse,
+                None if dlse is None else dlse.contiguous(),
+                *lengths,
+                ctx.max_seqlen_q,
+                ctx.max_seqlen_k,
+                alibi_slopes,
+                rng_state,
+                options.softmax_scale,
+                options.window_left,
+                options.window_right,
+                options.softcap,
+                options.dropout_p,
+                ctx.deterministic,
+                options.sm_margin,
+            )
+        except RuntimeError as error:
+            raise_refusal_behind(error)
+            raise
         return *_first_order_only(gradients, q, k, v, dout, dlse), *[None] * 10
 
 
@@ -301,15 +311,19 @@ def attention(
 ) -> Forward:
     """The fixed-length ops; ``out`` is written if given (then no input may require grad)."""
     rng_state = _new_rng_state(options, q.device)
-    if out is not None:
-        return out, *_fwd_out(q, k, v, out, alibi_slopes, rng_state, *options)
-    if needs_grad(q, k, v):
-        result: Forward = _Attention.apply(  # type: ignore[no-untyped-call]
-            q, k, v, alibi_slopes, rng_state, options, is_deterministic(deterministic)
-        )
+    try:
+        if out is not None:
+            return out, *_fwd_out(q, k, v, out, alibi_slopes, rng_state, *options)
+        if needs_grad(q, k, v):
+            result: Forward = _Attention.apply(  # type: ignore[no-untyped-call]
+                q, k, v, alibi_slopes, rng_state, options, is_deterministic(deterministic)
+            )
+            return result
+        result = _fwd(q, k, v, alibi_slopes, rng_state, *options)
         return result
-    result = _fwd(q, k, v, alibi_slopes, rng_state, *options)
-    return result
+    except RuntimeError as error:
+        raise_refusal_behind(error)
+        raise
 
 
 def varlen_attention(
@@ -325,18 +339,6 @@ def varlen_attention(
 ) -> Forward:
     """The varlen ops; ``out`` is written if given (then no input may require grad)."""
     rng_state = _new_rng_state(options, q.device)
-    if page_table is None and out is None and needs_grad(q, k, v):
-        result: Forward = _VarlenAttention.apply(  # type: ignore[no-untyped-call]
-            q,
-            k,
-            v,
-            *lengths,
-            alibi_slopes,
-            rng_state,
-            options,
-            is_deterministic(deterministic),
-        )
-        return result
     arguments = (
         lengths.cu_seqlens_q,
         lengths.cu_seqlens_k,
@@ -349,9 +351,25 @@ def varlen_attention(
         rng_state,
         *options,
     )
-    if out is not None:
-        return out, *_varlen_fwd_out(q, k, v, out, *arguments)
-    out, lse, dmask = _varlen_fwd(q, k, v, *arguments)
+    try:
+        if page_table is None and out is None and needs_grad(q, k, v):
+            result: Forward = _VarlenAttention.apply(  # type: ignore[no-untyped-call]
+                q,
+                k,
+                v,
+                *lengths,
+                alibi_slopes,
+                rng_state,
+                options,
+                is_deterministic(deterministic),
+            )
+            return result
+        if out is not None:
+            return out, *_varlen_fwd_out(q, k, v, out, *arguments)
+        out, lse, dmask = _varlen_fwd(q, k, v, *arguments)
+    except RuntimeError as error:
+        raise_refusal_behind(error)
+        raise
     out, lse = without_gradient(
         "page_table: got an input that requires grad, expected none; there is no backward through "
         "a paged cache, use torch.no_grad() or gather the keys",
@@ -373,8 +391,12 @@ def rotary(
 ) -> Tensor:
     """The rotary op with its gradient."""
     arguments = (x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, conjugate)
-    if needs_grad(x):
-        rotated: Tensor = _RotaryEmbedding.apply(*arguments)  # type: ignore[no-untyped-call]
-    else:
-        rotated = _rotary(*arguments, False)
+    try:
+        if needs_grad(x):
+            rotated: Tensor = _RotaryEmbedding.apply(*arguments)  # type: ignore[no-untyped-call]
+        else:
+            rotated = _rotary(*arguments, False)
+    except RuntimeError as error:
+        raise_refusal_behind(error)
+        raise
     return rotated

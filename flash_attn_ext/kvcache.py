@@ -8,6 +8,7 @@ from torch import Tensor
 from . import _cache_checks, _checks, _schema
 from .attention import AttentionResult, WindowSize
 from .autograd import without_gradient
+from .backends import raise_refusal_behind
 from .merge import apply_sink
 
 _kvcache_fwd = _schema.op("kvcache_fwd")
@@ -177,23 +178,27 @@ def flash_attn_with_kvcache(
     q = _checks.last_dim_contiguous(q)
     index = (lengths, cache_batch_idx, cache_leftpad, page_table, cu_seqlens_q, max_seqlen_q)
     options = (alibi_slopes, scale, window_left, window_right, softcap, num_splits, sm_margin)
-    if k is None or v is None:
-        out, lse = _kvcache_fwd(q, k_cache, v_cache, *index, *options)
-    else:
-        out, lse = _kvcache_append_fwd(
-            q,
-            k_cache,
-            v_cache,
-            _checks.last_dim_contiguous(k),
-            _checks.last_dim_contiguous(v),
-            cu_seqlens_k_new,
-            *index,
-            rotary_cos,
-            rotary_sin,
-            rotary_seqlens,
-            rotary_interleaved,
-            *options,
-        )
+    try:
+        if k is None or v is None:
+            out, lse = _kvcache_fwd(q, k_cache, v_cache, *index, *options)
+        else:
+            out, lse = _kvcache_append_fwd(
+                q,
+                k_cache,
+                v_cache,
+                _checks.last_dim_contiguous(k),
+                _checks.last_dim_contiguous(v),
+                cu_seqlens_k_new,
+                *index,
+                rotary_cos,
+                rotary_sin,
+                rotary_seqlens,
+                rotary_interleaved,
+                *options,
+            )
+    except RuntimeError as error:
+        raise_refusal_behind(error)
+        raise
     out, lse = without_gradient(
         "flash_attn_with_kvcache: got an input that requires grad, expected none; there is no "
         "backward through a cache, use torch.no_grad() or flash_attn_func",
@@ -297,13 +302,18 @@ def flash_attn_combine(
     """
     _cache_checks.partial_results(out_partial, lse_partial)
     out_partial = _checks.last_dim_contiguous(out_partial)
-    if out is not None:
-        _cache_checks.combined(out, out_partial, out_dtype)
-        return out, _combine_out(out_partial, lse_partial, out)
+    try:
+        if out is not None:
+            _cache_checks.combined(out, out_partial, out_dtype)
+            return out, _combine_out(out_partial, lse_partial, out)
+        results = _combine(out_partial, lse_partial, out_dtype)
+    except RuntimeError as error:
+        raise_refusal_behind(error)
+        raise
     out, lse = without_gradient(
         "flash_attn_combine: got an input that requires grad, expected none; there is no backward, "
         "use merge_states",
-        _combine(out_partial, lse_partial, out_dtype),
+        results,
         (out_partial, lse_partial),
     )
     return out, lse

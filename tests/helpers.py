@@ -20,6 +20,7 @@ from torch import Tensor
 
 NEEDS_CUDA = "needs a CUDA GPU"
 NEEDS_TWO_GPUS = "needs two CUDA GPUs"
+NEEDS_GPU_MEMORY = "needs a CUDA GPU with 24 GB of memory"
 NEEDS_LIBRARY = "needs the compiled library (flash_attn_ext/_C.abi3.so)"
 NEEDS_INTROSPECT = "needs the compiled module flash_attn_ext._introspect"
 NEEDS_NVCC = "needs nvcc"
@@ -40,6 +41,12 @@ def _lacks_introspect() -> bool:
     return _load.status().introspect is None
 
 
+def _lacks_gpu_memory() -> bool:
+    if not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_properties(0).total_memory < 23 * 2**30  # "24 GB" of a GeForce
+
+
 def _lacks_nvcc() -> bool:
     homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
     homes.append("/usr/local/cuda")
@@ -51,6 +58,7 @@ def _lacks_nvcc() -> bool:
 ALLOWED_SKIPS: dict[str, Callable[[], bool]] = {
     NEEDS_CUDA: lambda: not torch.cuda.is_available(),
     NEEDS_TWO_GPUS: lambda: torch.cuda.device_count() < 2,
+    NEEDS_GPU_MEMORY: _lacks_gpu_memory,
     NEEDS_LIBRARY: _lacks_library,
     NEEDS_INTROSPECT: _lacks_introspect,
     NEEDS_NVCC: _lacks_nvcc,

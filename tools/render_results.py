@@ -39,7 +39,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows of one result file."""
     lines = ["| op | case | MB | GB/s | copy GB/s | of the copy |", "|--|--|--:|--:|--:|--:|"]
     for row in rows:
-        part = "" if row["whole_rows"] else " (a part of every row)"
+        # Where a copy is no fair comparison, what torch reaches on the same bytes.
+        same_access = row.get("fraction_of_same_access")
+        part = f" ({same_access:.0%} of the same bytes negated)" if same_access else ""
         lines.append(
             f"| `{row['op']}` | {row['case']}{part} | {row['num_bytes'] / 1e6:.0f} "
             f"| {row['gb_per_s']:.0f} | {row['copy_gb_per_s']:.0f} "

@@ -47,11 +47,10 @@ struct RotaryAngles {
   }
 
  private:
-  // A plain load: all heads of a token read the same row, so it shall stay in L1.
   template <int N>
   static FA_DEVICE void load(const T* from, float* to) {
     float x[N];
-    to_float(*reinterpret_cast<const Vec<T, N>*>(from), x);
+    to_float(load_vec_l1<N>(from), x);
     FA_UNROLL
     for (int i = 0; i < N; ++i) to[i] = x[i];
   }
@@ -86,36 +85,54 @@ FA_DEVICE void rotate(RowUnit<T, kVec>& unit, const RotaryAngles<T, kVec>& angle
   from_float(x[1], unit.second);
 }
 
-// One unit of the heads of one token that a thread moves. Loading, turning and storing are separate
-// steps, so that the loads are under way while the caller finds out where the row goes.
-template <class T, int kVec>
-struct HeadUnits {
-  RowUnit<T, kVec> units[kHeadsPerThread];
+// The heads whose units a thread moves, and how they follow each other in one tensor.
+struct HeadGroup {
+  int first, step;  // heads first, first + step, ...
+  int num_heads;    // of the whole token; first < num_heads
 
-  // row: of the first head; num_heads: heads there are from it on.
-  FA_DEVICE void load(const T* row, int64_t head_stride, UnitColumns columns, int num_heads) {
+  FA_DEVICE HeadGroup(int group, int num_heads)
+      : first(group), step(num_head_groups(num_heads)), num_heads(num_heads) {}
+  FA_DEVICE int head(int i) const { return first + i * step; }
+  FA_DEVICE bool has(int i) const { return head(i) < num_heads; }
+};
+
+// One unit of the kHeads heads of one token that a thread moves. Loading, turning and storing are
+// separate steps, so that the loads are under way while the caller finds out where the row goes.
+template <class T, int kVec, int kHeads>
+struct HeadUnits {
+  RowUnit<T, kVec> units[kHeads];
+
+  // token: its head 0. What is not there is loaded from the first head or vector instead, so that
+  // no load waits for a branch; it is not stored.
+  FA_DEVICE void load(const T* token, int64_t head_stride, HeadGroup heads, UnitColumns columns) {
+    const int second = columns.has_second ? columns.second : columns.first;
     FA_UNROLL
-    for (int h = 0; h < kHeadsPerThread; ++h) {
-      if (h >= num_heads) continue;
-      units[h].first = load_vec<kVec>(row + h * head_stride + columns.first);
-      if (columns.has_second)
-        units[h].second = load_vec<kVec>(row + h * head_stride + columns.second);
+    for (int i = 0; i < kHeads; ++i) {
+      const T* row = token + (heads.has(i) ? heads.head(i) : heads.first) * head_stride;
+      units[i].first = load_vec_l1<kVec>(row + columns.first);
+      units[i].second = load_vec_l1<kVec>(row + second);
     }
   }
 
   FA_DEVICE void turn(const RotaryTable& table, int position, UnitColumns columns) {
     if (!columns.rotates) return;
     const RotaryAngles<T, kVec> angles(table, position, columns);
-    FA_UNROLL
-    for (RowUnit<T, kVec>& unit : units) rotate(unit, angles, table.interleaved);
+    if (table.interleaved) {
+      FA_UNROLL
+      for (RowUnit<T, kVec>& unit : units) rotate(unit, angles, true);
+    } else {
+      FA_UNROLL
+      for (RowUnit<T, kVec>& unit : units) rotate(unit, angles, false);
+    }
   }
 
-  FA_DEVICE void store(T* row, int64_t head_stride, UnitColumns columns, int num_heads) const {
+  FA_DEVICE void store(T* token, int64_t head_stride, HeadGroup heads, UnitColumns columns) const {
     FA_UNROLL
-    for (int h = 0; h < kHeadsPerThread; ++h) {
-      if (h >= num_heads) continue;
-      store_vec(row + h * head_stride + columns.first, units[h].first);
-      if (columns.has_second) store_vec(row + h * head_stride + columns.second, units[h].second);
+    for (int i = 0; i < kHeads; ++i) {
+      if (!heads.has(i)) continue;
+      T* row = token + heads.head(i) * head_stride;
+      store_vec(row + columns.first, units[i].first);
+      if (columns.has_second) store_vec(row + columns.second, units[i].second);
     }
   }
 };

@@ -2,29 +2,35 @@
 //
 // FlashAttention-2, arXiv:2307.08691, algorithm 1, with one change: row_max is only a point of
 // reference. It moves when a score exceeds it by more than a factor of 2^kMaxWeightLog2, so the
-// weights of a row are at most that (256, which 16-bit types hold with full precision), and in most
-// steps neither the maximum is exchanged between lanes nor is acc_o multiplied. LSE and the output
-// do not depend on the point of reference. The first block always sets it, as -inf is below any
-// score.
+// weights of a row are at most that, and in most steps neither the maximum is exchanged between
+// lanes nor is acc_o multiplied. LSE and the output do not depend on the point of reference, but
+// for one rounding: the largest weight, a power of two in the textbook's form, is rounded like the
+// others. The first block always sets the reference, as -inf is below any score.
 #pragma once
 #include "core/online_softmax.h"
+#include "ptx/barrier.h"
 #include "ptx/math.h"
 #include "tile/mma_sm80.h"
 
 namespace fa {
 
-constexpr float kMaxWeightLog2 = 8.f;
+// A row that one key dominates is exact in plain fp16; so that twice the error of plain PyTorch
+// stays the bound there, fp16's reference follows closely (1 to 4 % slower). In bf16 the rounding
+// of the scores themselves outweighs that of the largest weight.
+template <class T>
+constexpr float kMaxWeightLog2 = std::is_same_v<T, __half> ? 1.f : 8.f;
 
+// Weights are 2^(scale_log2 (score - row_max)); scale_log2 > 0 is passed to each call, because a
+// kernel that has it as a parameter spends no register on it.
+//
 // Rows of one lane: row 2 m + h is row l / 4 + 8 h of band m; the four lanes of a quad share it.
-template <int kM>
+template <class T, int kM>
 struct OnlineSoftmax {
   static constexpr int kRows = 2 * kM;
   float row_max[kRows];  // reference score, the same in the quad; -inf: no key kept so far
   float row_sum[kRows];  // of the weights in this lane's columns
-  float scale_log2;      // weights are 2^(scale_log2 (score - row_max)); > 0
-  float slack;           // scores this far above row_max do not move it
 
-  FA_DEVICE explicit OnlineSoftmax(float scale) : scale_log2(scale), slack(kMaxWeightLog2 / scale) {
+  FA_DEVICE OnlineSoftmax() {
     FA_UNROLL
     for (int r = 0; r < kRows; ++r) {
       row_max[r] = -INFINITY;
@@ -33,8 +39,9 @@ struct OnlineSoftmax {
   }
 
   // Scores become weights; acc_o and row_sum are made relative to the new row_max if it moves.
-  template <int kN, int kD>
-  FA_DEVICE void step(AccumTile<kM, kN>& acc_s, AccumTile<kM, kD>& acc_o) {
+  template <int kN, int kD, class Rows>
+  FA_DEVICE void step(AccumTile<kM, kN>& acc_s, AccumTile<kM, kD>& acc_o, float scale_log2,
+                      const Rows& rows) {
     float tile_max[kRows];
     bool moves = false;
     FA_UNROLL
@@ -45,9 +52,9 @@ struct OnlineSoftmax {
         high = fmaxf(high, fmaxf(acc_s.x[r / 2][n][r % 2 * 2], acc_s.x[r / 2][n][r % 2 * 2 + 1]));
       }
       tile_max[r] = high;
-      moves |= (high - row_max[r]) * scale_log2 > kMaxWeightLog2;  // false for -inf - -inf
+      moves |= (high - row_max[r]) * scale_log2 > kMaxWeightLog2<T>;  // false for -inf - -inf
     }
-    if (__any_sync(0xffffffffu, moves)) move_reference(tile_max, acc_o);
+    if (rows.any(moves)) move_reference(tile_max, acc_o, scale_log2, rows);
     FA_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const float offset = -finite_max(row_max[r]) * scale_log2;
@@ -63,31 +70,37 @@ struct OnlineSoftmax {
     }
   }
 
-  // Adds up the quad's sums; call once, behind the last step.
-  FA_DEVICE void finish() {
+  // Adds up the sums of all lanes that share a row; call once, behind the last step.
+  template <class Rows>
+  FA_DEVICE void finish(const Rows& rows) {
     FA_UNROLL
     for (float& sum : row_sum) {
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     }
+    rows.combine(row_sum, [](float a, float b) { return a + b; });
   }
 
   // LSE of a row, natural logarithm; behind finish().
-  FA_DEVICE float lse(int row) const {
+  FA_DEVICE float lse(int row, float scale_log2) const {
     return row_sum[row] == 0.f
                ? -INFINITY
                : (finite_max(row_max[row]) * scale_log2 + ptx::lg2_approx_ftz(row_sum[row])) * kLn2;
   }
 
  private:
-  template <int kD>
-  FA_DEVICE void move_reference(float (&tile_max)[kRows], AccumTile<kM, kD>& acc_o) {
+  template <int kD, class Rows>
+  FA_DEVICE void move_reference(float (&tile_max)[kRows], AccumTile<kM, kD>& acc_o,
+                                float scale_log2, const Rows& rows) {
     FA_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      float high = tile_max[r];
+    for (float& high : tile_max) {
       high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 1));
       high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));
-      high = fmaxf(high, row_max[r]);
+    }
+    rows.combine(tile_max, [](float a, float b) { return fmaxf(a, b); });
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const float high = fmaxf(tile_max[r], row_max[r]);
       const float factor = ptx::ex2_approx_ftz((row_max[r] - finite_max(high)) * scale_log2);
       row_max[r] = high;
       row_sum[r] *= factor;
@@ -97,6 +110,39 @@ struct OnlineSoftmax {
         acc_o.x[r / 2][d][r % 2 * 2 + 1] *= factor;
       }
     }
+  }
+};
+
+// How the lanes that hold parts of the same rows agree, beyond the quad: any() is true for all of
+// them if it is for one; combine() replaces each row's value, which the quad shares already, by
+// that over all parts.
+
+// All keys of a row in one warp.
+struct RowsOfWarp {
+  FA_DEVICE bool any(bool predicate) const { return __any_sync(0xffffffffu, predicate); }
+  template <int kRows, class Combine>
+  FA_DEVICE void combine(float (&)[kRows], Combine) const {}
+};
+
+// Two warps, each with half of the keys of the same rows.
+struct RowsOfPair {
+  int barrier;    // named barrier of the pair
+  int part;       // 0 or 1
+  float* buffer;  // [2, rows of the pair], in shared memory
+
+  FA_DEVICE bool any(bool predicate) const {
+    return ptx::bar_red_or(barrier, 2 * kWarpSize, predicate);
+  }
+  // The buffer is free again when both have met at the barrier once more, as any() does.
+  template <int kRows, class Combine>
+  FA_DEVICE void combine(float (&values)[kRows], Combine combine_two) const {
+    const int lane = threadIdx.x % kWarpSize;
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) buffer[(part * kRows + r) * 8 + lane / 4] = values[r];
+    ptx::bar_sync(barrier, 2 * kWarpSize);  // both halves are written
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r)
+      values[r] = combine_two(values[r], buffer[((1 - part) * kRows + r) * 8 + lane / 4]);
   }
 };
 

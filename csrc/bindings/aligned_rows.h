@@ -15,25 +15,18 @@ inline bool has_whole_rows(const Tensor& t) {
          (t.stride(last) == 1 || t.size(last) == 1) && rows_aligned(t, kRowBytes);
 }
 
-// The shape of `t` with the last dimension rounded up to whole 16 bytes. rank 3 or 4.
-struct WholeRows {
-  std::array<int64_t, 4> size;
-  int64_t rank;
-
-  explicit WholeRows(const Tensor& t) : size{}, rank(t.dim()) {
-    for (int64_t i = 0; i < rank; ++i) size[i] = t.size(i);
-    size[rank - 1] =
-        round_up<int64_t>(size[rank - 1], kRowBytes / static_cast<int64_t>(t.element_size()));
-  }
-  torch::headeronly::IntHeaderOnlyArrayRef ref() const {
-    return {size.data(), static_cast<size_t>(rank)};
-  }
-};
+// The shape of `t` with the last dimension rounded up to whole 16 bytes.
+inline Shape whole_rows(const Tensor& t) {
+  Shape shape(t);
+  shape.last() =
+      round_up<int64_t>(shape.last(), kRowBytes / static_cast<int64_t>(t.element_size()));
+  return shape;
+}
 
 // `t`, or a copy whose rows are whole, zeros behind their elements.
 inline Tensor readable_rows(const Tensor& t) {
   if (has_whole_rows(t)) return t;
-  Tensor copy = torch::stable::new_zeros(t, WholeRows(t).ref());
+  Tensor copy = torch::stable::new_zeros(t, whole_rows(t).ref());
   const int64_t last = t.dim() - 1;
   Tensor rows = torch::stable::narrow(copy, last, 0, t.size(last));
   torch::stable::copy_(rows, t);
@@ -42,7 +35,7 @@ inline Tensor readable_rows(const Tensor& t) {
 
 // `t`, or a buffer with whole rows that a kernel fills instead; then store_rows.
 inline Tensor writable_rows(const Tensor& t) {
-  return has_whole_rows(t) ? t : torch::stable::new_empty(t, WholeRows(t).ref());
+  return has_whole_rows(t) ? t : new_tensor(t, whole_rows(t));
 }
 
 // Copies what was written into writable_rows(t) to `t`, if that is another tensor.

@@ -278,16 +278,23 @@ void define_tiles(py::module_& m) {
   };
   m.def("built_head_dim", &built_head_dim);
   m.def("max_smem_bytes", [](const std::string& arch) { return max_smem_bytes(parse_arch(arch)); });
-  m.def("fwd_tile_config", [=](const std::string& arch_text, int head_dim, bool bordered) {
-    const Arch arch = parse_arch(arch_text);
-    const FwdTileConfig c = fwd_tile_config(arch, head_dim, mask_kind(bordered));
+  // arch: of the kernels.
+  const auto fwd_tile_dict = [](Arch arch, const FwdTileConfig& c, int head_dim) {
     const int built = built_head_dim(head_dim);
     return py::dict(py::arg("tile_m") = c.tile_m, py::arg("tile_n") = c.tile_n,
                     py::arg("num_stages") = c.num_stages, py::arg("num_q_stages") = c.num_q_stages,
                     py::arg("num_warps") = c.num_warps, py::arg("q_in_regs") = c.q_in_regs,
+                    py::arg("warps_per_row") = c.warps_per_row,
                     py::arg("num_threads") = fwd_num_threads(arch, c),
                     py::arg("smem_bytes") = fwd_smem_bytes(c, built, built),
                     py::arg("accum_regs") = fwd_accum_regs(c, built));
+  };
+  m.def("fwd_tile_config", [=](const std::string& arch_text, int head_dim, bool bordered) {
+    const Arch arch = parse_arch(arch_text);
+    return fwd_tile_dict(arch, fwd_tile_config(arch, head_dim, mask_kind(bordered)), head_dim);
+  });
+  m.def("sm80_fwd_tile_config", [=](const std::string& gpu, int head_dim) {
+    return fwd_tile_dict(Arch::kSm80, sm80_fwd_tile_config(parse_arch(gpu), head_dim), head_dim);
   });
   m.def("bwd_tile_config", [=](const std::string& arch_text, int head_dim, bool bordered) {
     const Arch arch = parse_arch(arch_text);

@@ -82,9 +82,9 @@ Gradients launch_bwd(const PlannedKernel& kernel, const BwdArgs& args, const Pro
 
   const Tensor dout = readable_rows(contiguous_dout);
   const Tensor q = readable_rows(a.q), k = readable_rows(a.k), v = readable_rows(a.v);
-  Tensor dq = torch::stable::new_empty(a.q, a.q.sizes());
-  Tensor dk = torch::stable::new_empty(a.k, a.k.sizes());
-  Tensor dv = torch::stable::new_empty(a.v, a.v.sizes());
+  Tensor dq = new_tensor(a.q, Shape(a.q));
+  Tensor dk = new_tensor(a.k, Shape(a.k));
+  Tensor dv = new_tensor(a.v, Shape(a.v));
   Tensor written_dq = writable_rows(dq), written_dk = writable_rows(dk),
          written_dv = writable_rows(dv);
   p.dout = dout.data_ptr();

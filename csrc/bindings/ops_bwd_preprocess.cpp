@@ -46,9 +46,9 @@ Tensor bwd_preprocess(const Tensor& out, const Tensor& dout, const OptionalTenso
     p.dlse_head_stride = dlse->stride(rank - 3);
     p.dlse_token_stride = dlse->stride(rank - 2);
   }
-  std::array<int64_t, 3> size{problem.batch_size, problem.num_heads_q, problem.seqlen_q};
-  Tensor delta = torch::stable::new_empty(
-      out, {size.data() + (varlen ? 1 : 0), varlen ? size_t{2} : size_t{3}}, ScalarType::Float);
+  const Shape shape = varlen ? Shape{problem.num_heads_q, problem.seqlen_q}
+                             : Shape{problem.batch_size, problem.num_heads_q, problem.seqlen_q};
+  Tensor delta = new_tensor(out, shape, ScalarType::Float);
   if (delta.numel() == 0) return delta;
   p.out = out.data_ptr();
   p.dout = dout.data_ptr();

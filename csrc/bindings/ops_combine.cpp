@@ -55,10 +55,9 @@ PlannedKernel plan_combine(const CombineShape& shape, const Tensor& out_partial,
 // Launches into `out`; returns lse.
 Tensor launch_combine(const PlannedKernel& kernel, const CombineShape& shape,
                       const Tensor& out_partial, const Tensor& lse_partial, const Tensor& out) {
-  // lse: the shape of one split of lse_partial.
-  std::array<int64_t, 3> lse_size{shape.batch_size, shape.seqlen, shape.num_heads};
-  Tensor lse = torch::stable::new_empty(lse_partial, {lse_size.data() + (shape.varlen ? 1 : 0),
-                                                      shape.varlen ? size_t{2} : size_t{3}});
+  const Shape lse_shape = shape.varlen ? Shape{shape.seqlen, shape.num_heads}
+                                       : Shape{shape.batch_size, shape.seqlen, shape.num_heads};
+  Tensor lse = new_tensor(lse_partial, lse_shape);
   if (lse.numel() == 0) return lse;
 
   const int b = shape.varlen ? 0 : 1;  // dimensions before the token, beside the splits
@@ -96,9 +95,10 @@ std::tuple<Tensor, Tensor> combine(const Tensor& out_partial, const Tensor& lse_
     return call_tiled<std::tuple<Tensor, Tensor>>("flash_attn_ext::combine", out_partial,
                                                   lse_partial, out_dtype);
   }
-  std::array<int64_t, 4> size{shape.batch_size, shape.seqlen, shape.num_heads, shape.head_dim_v};
-  const size_t rank = shape.varlen ? 3 : 4;
-  Tensor out = torch::stable::new_empty(out_partial, {size.data() + (4 - rank), rank}, type);
+  const Shape out_shape =
+      shape.varlen ? Shape{shape.seqlen, shape.num_heads, shape.head_dim_v}
+                   : Shape{shape.batch_size, shape.seqlen, shape.num_heads, shape.head_dim_v};
+  Tensor out = new_tensor(out_partial, out_shape, type);
   Tensor lse = launch_combine(kernel, shape, out_partial, lse_partial, out);
   return {out, lse};
 }

@@ -35,17 +35,16 @@ FwdKernel plan_fwd(const FwdArgs& args) {
 }
 
 Tensor new_out(const Tensor& q, const Tensor& v) {
-  std::array<int64_t, 4> size{};
-  const int64_t rank = q.dim();
-  for (int64_t i = 0; i + 1 < rank; ++i) size[i] = q.size(i);
-  size[rank - 1] = v.size(v.dim() - 1);
-  return torch::stable::new_empty(q, {size.data(), static_cast<size_t>(rank)});
+  Shape shape(q);
+  shape.last() = v.size(v.dim() - 1);
+  return new_tensor(q, shape);
 }
 
-// fp32, [batch, heads, seqlen_q] or [heads, total_q].
+// [batch, heads, seqlen_q] or [heads, total_q].
 Tensor new_lse(const Tensor& q, const Problem& p) {
-  if (p.varlen) return torch::stable::new_empty(q, {p.num_heads_q, p.total_q}, ScalarType::Float);
-  return torch::stable::new_empty(q, {p.batch_size, p.num_heads_q, p.seqlen_q}, ScalarType::Float);
+  const Shape shape =
+      p.varlen ? Shape{p.num_heads_q, p.total_q} : Shape{p.batch_size, p.num_heads_q, p.seqlen_q};
+  return new_tensor(q, shape, ScalarType::Float);
 }
 
 // lse and dmask of a launch into `out`.
@@ -64,7 +63,7 @@ std::tuple<Tensor, Tensor> launch_fwd(const FwdKernel& kernel, const FwdArgs& ar
   Tensor dmask = args.return_dmask
                      ? torch::stable::new_zeros(a.q, {problem.batch_size, problem.num_heads_q,
                                                       p.dmask_rows, p.dmask_cols})
-                     : torch::stable::new_empty(a.q, {0});
+                     : new_tensor(a.q, {0});
   if (dmask.numel() > 0) p.dmask = dmask.data_ptr();
   if (lse.numel() == 0) return {lse, dmask};  // no row of q
 

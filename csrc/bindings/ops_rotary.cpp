@@ -80,7 +80,7 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
   const PlannedKernel kernel = plan_rotary(args);
   if (kernel.backend == nullptr) return args.call_tiled<Tensor>("flash_attn_ext::rotary");
   // Contiguous, whatever the strides of x: the fake implementation says the same.
-  Tensor out = torch::stable::new_empty(x, x.sizes());
+  Tensor out = new_tensor(x, Shape(x));
   launch_rotary(kernel, args, out);
   return out;
 }

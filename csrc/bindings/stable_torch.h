@@ -1,4 +1,5 @@
-// The one door to torch: its stable ABI, and the two things missing there (stream, tiled fallback).
+// The one door to torch: its stable ABI, and what is missing there: the stream, new tensors at the
+// price of an allocation, the tiled fallback.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -8,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <array>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -22,6 +24,47 @@ using OptionalTensor = std::optional<Tensor>;
 
 // torch's current CUDA stream on `device_index`, as a cudaStream_t.
 void* current_stream(int device_index);
+
+// Sizes of a new tensor, at most 5 dimensions.
+struct Shape {
+  std::array<int64_t, 5> size{};
+  int64_t rank = 0;
+
+  Shape() = default;
+  Shape(std::initializer_list<int64_t> sizes) {
+    for (const int64_t s : sizes) size[rank++] = s;
+  }
+  // That of a tensor.
+  explicit Shape(const Tensor& t) : rank(t.dim()) {
+    for (int64_t i = 0; i < rank; ++i) size[i] = t.size(i);
+  }
+  int64_t& last() { return size[rank - 1]; }
+  torch::headeronly::IntHeaderOnlyArrayRef ref() const {
+    return {size.data(), static_cast<size_t>(rank)};
+  }
+};
+
+// A contiguous tensor without values on the device of `like`; by default also of its element type.
+// As stable::new_empty, which takes three times as long, because the dispatcher boxes its
+// arguments.
+inline Tensor new_tensor(const Tensor& like, const Shape& shape,
+                         std::optional<ScalarType> dtype = std::nullopt) {
+  std::array<int64_t, 5> stride{};
+  int64_t next = 1;
+  for (int64_t i = shape.rank - 1; i >= 0; --i) {
+    stride[i] = next;
+    next *= shape.size[i] > 1 ? shape.size[i] : 1;
+  }
+  const ScalarType type = dtype.value_or(like.scalar_type());
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      shape.rank, shape.size.data(), stride.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
+      like.get_device_index(), &handle));
+  return Tensor(handle);
+}
 
 namespace detail {
 

@@ -15,14 +15,15 @@ constexpr int kVectorBytes = 16;         // the widest load or store of a thread
 constexpr int kCombineThreads = 128;
 constexpr int kCombineCtasPerSm = 6;  // 80 registers a thread; 64 would spill
 constexpr int kCombineUnroll = 4;     // splits that a thread loads together
-constexpr int kBwdPreprocessThreads = 256;
-constexpr int kBwdPreprocessCtasPerSm = 3;  // 80 registers a thread; left alone, ptxas spills at 64
-constexpr int kBwdPreprocessRowsPerGroup = 4;  // 8 loads of 16 bytes in flight per lane
-constexpr int kRotaryThreads = 128;
+constexpr int kBwdPreprocessThreads = 128;
+constexpr int kBwdPreprocessCtasPerSm = 5;  // 96 registers a thread: 48 hold loads in flight
+constexpr int kBwdPreprocessRowsPerGroup = 2;
+// rotary has 80 registers a thread, append_kv 72. Larger CTAs gain 1 % for rotary and lose 6 % for
+// append_kv with rotary (H100, docs/performance/row_kernels.md).
+constexpr int kRotaryThreads = 256;
+constexpr int kRotaryCtasPerSm = 3;
 constexpr int kAppendKvThreads = 128;
-// rotary and append_kv: 96 registers a thread. 80 would spill; larger CTAs would leave fewer
-// threads on an SM, and with them fewer loads in flight.
-constexpr int kUnitCtasPerSm = 5;
+constexpr int kAppendKvCtasPerSm = 7;
 
 // Elements of a partial result that a thread of combine merges: 32 bytes, so that the work that is
 // done once a thread (where the row lies, the weights of the splits) is shared by enough of them.
@@ -40,15 +41,23 @@ FA_HD constexpr int combine_rows_per_cta(int head_dim_v, int vec) {
   return kCombineThreads / combine_lanes_per_row(head_dim_v, vec);
 }
 
-// Lanes that sum up a row of bwd_preprocess together: a power of two, at most a warp. Preferably
-// one that divides the row's vectors, so that none idles (96 fp32: 8 lanes, 3 steps of 128 bytes).
-FA_HD constexpr int bwd_preprocess_lanes_per_row(int head_dim_v, int vec) {
+// How bwd_preprocess shares a row: `lanes` lanes, a power of two and at most a warp, sum it up
+// together and read `vectors` vectors each before they use the first.
+struct RowShare {
+  int lanes, vectors;
+};
+// Two vectors a lane, or three where fewer of them lie behind the row's end (160 in 16 bit: 8 lanes
+// of three for 20 vectors, not 16 of two). Not with fewer than 8 lanes: they would read less than
+// a whole cache line of a row at a time (92 instead of 95 % of a copy at 96 in 16 bit, H100).
+FA_HD constexpr RowShare bwd_preprocess_row_share(int head_dim_v, int vec) {
   const int vectors = max(1, ceil_div(head_dim_v, vec));
-  const int divisor = vectors & -vectors;  // largest power of two that divides
-  return min(divisor >= 8 ? divisor : next_power_of_two(vectors), kWarpSize);
+  const int by_two = next_power_of_two(ceil_div(vectors, 2));
+  const int by_three = next_power_of_two(ceil_div(vectors, 3));
+  const bool three = vec > 1 && by_three >= 8 && 3 * by_three < 2 * by_two;
+  return {min(three ? by_three : by_two, kWarpSize), three ? 3 : 2};
 }
 FA_HD constexpr int bwd_preprocess_rows_per_cta(int head_dim_v, int vec) {
-  return kBwdPreprocessThreads / bwd_preprocess_lanes_per_row(head_dim_v, vec) *
+  return kBwdPreprocessThreads / bwd_preprocess_row_share(head_dim_v, vec).lanes *
          kBwdPreprocessRowsPerGroup;
 }
 
@@ -57,8 +66,13 @@ FA_HD constexpr int bwd_preprocess_rows_per_cta(int head_dim_v, int vec) {
 // both halves, so that neighbouring threads touch neighbouring bytes. Not interleaved, the second
 // vector holds the partners of the first; interleaved, each holds whole pairs. The part behind may
 // have an odd number of vectors; then its last unit has one. The thread moves the same unit of
-// kHeadsPerThread heads, which all turn by the same angles.
-constexpr int kHeadsPerThread = 4;  // 8 loads of 16 bytes in flight
+// kHeadsPerThread heads, which all turn by the same angles: heads group, group + num_head_groups,
+// ..., so that neighbouring groups touch neighbouring heads.
+constexpr int kHeadsPerThread = 2;  // or 1, where there is one head alone
+
+FA_HD constexpr int num_head_groups(int num_heads) {
+  return ceil_div(num_heads, kHeadsPerThread);
+}
 
 FA_HD constexpr int rotated_units(int rotary_dim, int vec) {
   return rotary_dim / (2 * vec);
@@ -88,13 +102,15 @@ FA_HD constexpr UnitColumns unit_columns(int head_dim, int rotary_dim, bool inte
 
 // Threads that a token needs: one for each unit of each group of heads.
 FA_HD constexpr int units_per_token(int num_heads, int units_per_row) {
-  return ceil_div(num_heads, kHeadsPerThread) * units_per_row;
+  return num_head_groups(num_heads) * units_per_row;
 }
 
 static_assert(combine_lanes_per_row(96, 8) == 12 && combine_lanes_per_row(256, 1) == 128);
-static_assert(bwd_preprocess_lanes_per_row(128, 8) == 16 &&
-              bwd_preprocess_lanes_per_row(96, 4) == 8);
-static_assert(bwd_preprocess_lanes_per_row(80, 8) == 16 && bwd_preprocess_lanes_per_row(1, 8) == 1);
+static_assert(bwd_preprocess_row_share(128, 8).lanes == 8 &&
+              bwd_preprocess_row_share(96, 8).lanes == 8 &&
+              bwd_preprocess_row_share(1, 8).lanes == 1);
+static_assert(bwd_preprocess_row_share(160, 8).lanes == 8 &&
+              bwd_preprocess_row_share(160, 8).vectors == 3);
 static_assert(row_units(128, 64, 8) == 4 + 4 && row_units(72, 64, 8) == 4 + 1);
 static_assert(unit_columns(128, 64, false, 8, 1).second == 8 + 32);
 static_assert(unit_columns(72, 64, true, 8, 4).first == 64 &&

@@ -23,11 +23,13 @@ FA_HD constexpr int built_head_dim(int head_dim) {
 enum class MaskKind { kFull, kBordered };
 
 struct FwdTileConfig {
-  int tile_m, tile_n;  // rows of Q, rows of K and V per step
-  int num_stages;      // K and V buffers in flight
-  int num_q_stages;    // Q buffers: 2 = the next tile's Q loads while this one computes
-  int num_warps;       // that compute; SM90 adds one producer warpgroup
-  bool q_in_regs;      // Q passes through the K buffers into registers and keeps no buffer
+  int tile_m, tile_n;     // rows of Q, rows of K and V per step
+  int num_stages;         // K and V buffers in flight
+  int num_q_stages;       // Q buffers: 2 = the next tile's Q loads while this one computes
+  int num_warps;          // that compute; SM90 adds one producer warpgroup
+  bool q_in_regs;         // Q passes through the K buffers into registers and keeps no buffer
+  int warps_per_row = 1;  // 2: a pair of warps shares rows, each half of the keys of S and of the
+                          // columns of O; P goes through shared memory
 };
 
 // SM80 and SM89: warp w owns 16-row bands, tile_m / num_warps rows in all; P stays in registers.
@@ -45,11 +47,11 @@ FA_HD constexpr FwdTileConfig fwd_tile_config(Arch arch, int head_dim, MaskKind 
         case 96:  return {128,  64, 2, 1, 4, false};
         // 64 KB, two CTAs. A second stage (96 KB) would leave one CTA of 4 warps on the SM.
         case 128: return {128,  64, 1, 1, 4, false};
-        // 8 warps, because 4 would need 256 accumulator registers. One CTA at any number of
-        // stages, so two: 144 KB. Three (192 KB) do not fit.
-        case 192: return {128,  64, 2, 1, 8, false};
-        // 128 KB. Two stages need 192 KB; 64 rows of Q would read each key twice as often.
-        case 256: return {128,  64, 1, 1, 8, false};
+        // 72 KB, two CTAs: they hide more of each other's latency than one CTA of 128 rows.
+        case 192: return { 64,  64, 1, 1, 4, false};
+        // 144 KB. One warp to a row has 16 rows and is bound by shared memory (83 % of its cycles);
+        // a pair has 32.
+        case 256: return {128,  64, 1, 1, 8, false, 2};
       }
       break;
     case Arch::kSm89:
@@ -91,6 +93,13 @@ FA_HD constexpr FwdTileConfig fwd_tile_config(Arch arch, int head_dim, MaskKind 
   return {0, 0, 0, 0, 0, false};
 }
 
+// The tiles of SM80's kernels on a GPU with the shared memory of `gpu`'s. kSm90: two CTAs of 104 KB
+// instead of one of 144 KB, worth 8 % on an H100; else the same as kSm80.
+FA_HD constexpr FwdTileConfig sm80_fwd_tile_config(Arch gpu, int head_dim) {
+  if (gpu == Arch::kSm90 && built_head_dim(head_dim) == 256) return {64, 64, 1, 1, 4, false, 2};
+  return fwd_tile_config(gpu == Arch::kSm90 ? Arch::kSm80 : gpu, head_dim, MaskKind::kFull);
+}
+
 // The d 128 tile for short full attention on SM90, where 192 rows leave SMs idle: two warpgroups,
 // 176 keys. 208 KB, and 196 registers for S, O and P; 192 keys would need 224 KB and 208.
 FA_HD constexpr FwdTileConfig sm90_fwd_hdim128_short_tile_config() {
@@ -102,7 +111,8 @@ FA_HD constexpr FwdTileConfig sm90_fwd_hdim128_short_tile_config() {
 FA_HD constexpr int fwd_smem_bytes(FwdTileConfig c, int head_dim, int head_dim_v) {
   const int kv_bytes = 2 * c.num_stages * c.tile_n * (head_dim + head_dim_v);
   const int q_bytes = 2 * c.num_q_stages * c.tile_m * max(head_dim, head_dim_v);
-  return c.q_in_regs ? max(kv_bytes, q_bytes) : kv_bytes + q_bytes;
+  const int p_bytes = c.warps_per_row == 2 ? 2 * c.tile_m * c.tile_n : 0;
+  return (c.q_in_regs ? max(kv_bytes, q_bytes) : kv_bytes + q_bytes) + p_bytes;
 }
 constexpr int kFwdBarrierBytes = 1024;  // mbarriers, 8 bytes each, and the tile's 1024 B alignment
 
@@ -199,6 +209,11 @@ FA_HD constexpr BwdTileConfig bwd_tile_config(Arch arch, int head_dim, MaskKind 
   return {0, 0, 0, 0, 0, 0, false, false};
 }
 
+// The tiles of SM80's kernels on a GPU with the shared memory of `gpu`'s.
+FA_HD constexpr BwdTileConfig sm80_bwd_tile_config(Arch gpu, int head_dim) {
+  return bwd_tile_config(gpu == Arch::kSm90 ? Arch::kSm80 : gpu, head_dim, MaskKind::kFull);
+}
+
 // K, V, the streamed Q and dO, dS, and fp32 dQ if staged; 2-byte elements.
 FA_HD constexpr int bwd_smem_bytes(BwdTileConfig c, int head_dim) {
   const int kept = (c.v_in_regs ? 1 : 2) * c.tile_n * head_dim;
@@ -226,7 +241,7 @@ FA_HD constexpr bool fwd_config_fits(Arch arch, FwdTileConfig c, int head_dim) {
   const int rows_per_warp = 16;  // of mma.m16n8k16, and of a warp in wgmma.m64nNk16
   const bool tiles = c.tile_m > 0 && c.tile_n % 16 == 0 && c.tile_n <= 256 &&
                      (sm90 ? c.tile_m == rows_per_warp * c.num_warps
-                           : c.tile_m % (rows_per_warp * c.num_warps) == 0);
+                           : c.tile_m * c.warps_per_row % (rows_per_warp * c.num_warps) == 0);
   const int smem = fwd_smem_bytes(c, head_dim, head_dim) + (sm90 ? kFwdBarrierBytes : 0);
   const int regs = fwd_accum_regs(c, head_dim) + (sm90 ? fwd_operand_regs(c, head_dim) : 0);
   const int max_regs = sm90 ? warpgroup_registers(c.num_warps / 4).consumer - 32 : 200;
@@ -264,6 +279,8 @@ static_assert(all_configs_fit(Arch::kSm89, MaskKind::kFull));
 static_assert(all_configs_fit(Arch::kSm89, MaskKind::kBordered));
 static_assert(all_configs_fit(Arch::kSm90, MaskKind::kFull));
 static_assert(all_configs_fit(Arch::kSm90, MaskKind::kBordered));
+static_assert(2 * (fwd_smem_bytes(sm80_fwd_tile_config(Arch::kSm90, 256), 256, 256) + 2048) <=
+              max_smem_bytes(Arch::kSm90));  // two CTAs, 1 KB of static memory and 1 KB of CUDA's
 static_assert(fwd_config_fits(Arch::kSm90, sm90_fwd_hdim128_short_tile_config(), 128));
 static_assert(warpgroup_registers_fit(1) && warpgroup_registers_fit(2) &&
               warpgroup_registers_fit(3) && warpgroup_registers_fit(4));

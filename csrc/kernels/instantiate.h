@@ -5,10 +5,20 @@
 #include <cuda_runtime.h>
 
 #include "core/backend.h"
+#include "core/tile_config.h"
 
 namespace fa {
 
+// Launch the kernels of one built head_dim and element type; defined in kernels/smNN/*.cuh, each
+// instantiated in an instance file of its own.
+template <class T, int kHeadDim>
+int launch_fwd(const FwdParams& params, cudaStream_t stream);
+template <class T, int kHeadDim>
+int launch_bwd(const BwdParams& params, cudaStream_t stream);
+
 // One definition each a library, in the instance file of the family.
+int fwd(const FwdParams& params, void* stream);
+int bwd(const BwdParams& params, void* stream);
 int combine(const CombineParams& params, void* stream);
 int bwd_preprocess(const BwdPreprocessParams& params, void* stream);
 int rotary(const RotaryParams& params, void* stream);
@@ -26,6 +36,29 @@ int append_kv(const AppendKvParams& params, void* stream);
       case DType::kFloat32: return launch_##family<float>(params, cuda_stream);          \
       default: return cudaErrorInvalidValue;                                             \
     }                                                                                    \
+  }
+
+// Defines fa::family(params, stream) as launch_<family><T, kHeadDim> for the element type and the
+// built size of the larger head_dim.
+#define FA_INSTANTIATE_BY_HEAD_DIM(family, Params)                                   \
+  template <class T>                                                                 \
+  static int family##_of(const fa::Params& params, cudaStream_t stream) {            \
+    switch (fa::built_head_dim(fa::max(params.head_dim, params.head_dim_v))) {       \
+      case 64: return fa::launch_##family<T, 64>(params, stream);                    \
+      case 96: return fa::launch_##family<T, 96>(params, stream);                    \
+      case 128: return fa::launch_##family<T, 128>(params, stream);                  \
+      case 192: return fa::launch_##family<T, 192>(params, stream);                  \
+      case 256: return fa::launch_##family<T, 256>(params, stream);                  \
+      default: return cudaErrorInvalidValue;                                         \
+    }                                                                                \
+  }                                                                                  \
+  int fa::family(const Params& params, void* stream) {                               \
+    const auto cuda_stream = static_cast<cudaStream_t>(stream);                      \
+    switch (params.dtype) {                                                          \
+      case DType::kFloat16: return family##_of<__half>(params, cuda_stream);         \
+      case DType::kBFloat16: return family##_of<__nv_bfloat16>(params, cuda_stream); \
+      default: return cudaErrorInvalidValue;                                         \
+    }                                                                                \
   }
 
 // Defines the library's one exported symbol. fwd, bwd: the library's functions, or nullptr.

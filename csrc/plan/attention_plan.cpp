@@ -11,34 +11,42 @@ namespace {
 constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 constexpr int kVectorElements = 8;  // 16 bytes of 16-bit elements, which the kernels copy at once
 
-// The rows of tile_config.h that fit the device: GPUs of 99 KB run kSm80's kernels with the tiles
-// of kSm89.
-Arch tiles_for(Arch arch, const DeviceFacts& device) {
-  return arch == Arch::kSm80 && device.max_smem_bytes < max_smem_bytes(arch) ? Arch::kSm89 : arch;
-}
-
 int built_size(const Problem& p) {
   return built_head_dim(max(p.head_dim, p.head_dim_v));
 }
 
+// Whose rows of tile_config.h suit the device: kSm80's kernels run with the tiles of the newest
+// architecture whose shared memory the device has. kSm90 has tiles of its own for one size only.
+Arch tiles_for(Arch arch, const Problem& p, const DeviceFacts& device) {
+  if (arch != Arch::kSm80) return arch;
+  const int smem = device.max_smem_bytes;
+  const bool has_sm90_tiles = p.family == Family::kFwd && built_size(p) == 256;
+  if (has_sm90_tiles && smem >= max_smem_bytes(Arch::kSm90)) return Arch::kSm90;
+  return smem >= max_smem_bytes(Arch::kSm80) ? Arch::kSm80 : Arch::kSm89;
+}
+
 // What a row of tile_config.h says of the launch. One tile for all masks.
-Plan tile_of(Arch tiles, const Problem& p) {
+Plan tile_of(Arch arch, const Problem& p, const DeviceFacts& device) {
+  const Arch tiles = tiles_for(arch, p, device);
+  const bool sm80 = arch == Arch::kSm80;
   const int built = built_size(p);
   Plan plan;
   plan.tiles = tiles;
   if (p.family == Family::kFwd) {
-    const FwdTileConfig tile = fwd_tile_config(tiles, built, MaskKind::kFull);
+    const FwdTileConfig tile =
+        sm80 ? sm80_fwd_tile_config(tiles, built) : fwd_tile_config(tiles, built, MaskKind::kFull);
     plan.tile_m = tile.tile_m;
     plan.tile_n = tile.tile_n;
     plan.num_stages = tile.num_stages;
-    plan.num_threads = fwd_num_threads(tiles, tile);
+    plan.num_threads = fwd_num_threads(arch, tile);
     plan.smem_bytes = fwd_smem_bytes(tile, built, built);
   } else {
-    const BwdTileConfig tile = bwd_tile_config(tiles, built, MaskKind::kFull);
+    const BwdTileConfig tile =
+        sm80 ? sm80_bwd_tile_config(tiles, built) : bwd_tile_config(tiles, built, MaskKind::kFull);
     plan.tile_m = tile.tile_m;
     plan.tile_n = tile.tile_n;
     plan.num_stages = tile.num_q_stages;
-    plan.num_threads = bwd_num_threads(tiles, tile);
+    plan.num_threads = bwd_num_threads(arch, tile);
     plan.smem_bytes = bwd_smem_bytes(tile, built);
   }
   return plan;
@@ -76,7 +84,7 @@ bool attention_refuses(Arch arch, const Problem& p, const DeviceFacts& device, R
   const auto at_most = [&](const char* what, int64_t got, int64_t limit) {
     return got > limit && reason(what, "=", got, ": ", family, " takes at most ", limit);
   };
-  const Plan tile = tile_of(tiles_for(arch, device), p);
+  const Plan tile = tile_of(arch, p, device);
   const int64_t batch_size = p.batch_size;
   if (!p.varlen && (at_most("total_q", batch_size * p.seqlen_q, kMaxInt) ||
                     at_most("total_k", batch_size * p.seqlen_k, kMaxInt)))
@@ -88,7 +96,7 @@ bool attention_refuses(Arch arch, const Problem& p, const DeviceFacts& device, R
 }
 
 Plan attention_plan(Arch arch, const Problem& p, const DeviceFacts& device) {
-  Plan plan = tile_of(tiles_for(arch, device), p);
+  Plan plan = tile_of(arch, p, device);
   plan.vectorized = p.alignment_bytes >= 16 && p.head_dim % kVectorElements == 0 &&
                     p.head_dim_v % kVectorElements == 0;
   if (p.family == Family::kFwd) {

@@ -1,7 +1,7 @@
-// Global memory loads and stores of 16 and 8 bytes for data that is touched once.
+// Global memory loads and stores of 16 and 8 bytes.
 //
-// PTX ISA, "Data Movement and Conversion Instructions: ld, st". L1::no_allocate keeps streamed rows
-// from evicting the small tables that the same kernels read many times.
+// PTX ISA, "Data Movement and Conversion Instructions: ld, st". L1::no_allocate is for rows that
+// are touched once and in whole cache lines.
 #pragma once
 #include <cstdint>
 
@@ -17,6 +17,22 @@ FA_DEVICE uint4 ld_global_no_allocate_v4(const void* ptr) {
   asm("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
       : "l"(ptr));
+  return v;
+}
+
+// 16 bytes, through L1. Preconditions: as above.
+FA_DEVICE uint4 ld_global_v4(const void* ptr) {
+  uint4 v;
+  asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(ptr));
+  return v;
+}
+
+// 8 bytes, through L1. Preconditions: as above, but a multiple of 8 bytes.
+FA_DEVICE uint2 ld_global_v2(const void* ptr) {
+  uint2 v;
+  asm("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(ptr));
   return v;
 }
 

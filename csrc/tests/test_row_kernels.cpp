@@ -22,9 +22,11 @@ void test_lanes_of_row_kernels() {
       CHECK((lanes - 1) * vec < head_dim, "idle lanes: head_dim=%d", head_dim);
       const int rows = combine_rows_per_cta(head_dim, vec);
       CHECK(rows >= 1 && rows * lanes <= kCombineThreads, "head_dim=%d rows=%d", head_dim, rows);
-      const int sum_lanes = bwd_preprocess_lanes_per_row(head_dim, vec);
-      CHECK(kWarpSize % sum_lanes == 0, "head_dim=%d lanes=%d", head_dim, sum_lanes);
-      CHECK(sum_lanes == 1 || sum_lanes / 2 * vec < head_dim, "idle lanes: head_dim=%d", head_dim);
+      const RowShare share = bwd_preprocess_row_share(head_dim, vec);
+      CHECK(kWarpSize % share.lanes == 0, "head_dim=%d lanes=%d", head_dim, share.lanes);
+      const int step = share.lanes * share.vectors * vec;
+      CHECK(share.lanes == kWarpSize || step >= head_dim, "steps: head_dim=%d", head_dim);
+      CHECK(share.lanes == 1 || step < 2 * head_dim, "idle lanes: head_dim=%d", head_dim);
       CHECK(bwd_preprocess_rows_per_cta(head_dim, vec) % (kBwdPreprocessThreads / kWarpSize) == 0,
             "whole warps: head_dim=%d", head_dim);
     }
@@ -61,8 +63,11 @@ void test_units_of_a_row() {
             CHECK(unit_of[element] >= 0, "not covered: vec=%d head_dim=%d rotary_dim=%d element=%d",
                   vec, head_dim, rotary_dim, element);
         }
-  for (int num_heads = 1; num_heads < 20; ++num_heads)
-    CHECK(units_per_token(num_heads, 3) / 3 * kHeadsPerThread >= num_heads, "heads=%d", num_heads);
+  for (int num_heads = 1; num_heads < 20; ++num_heads) {
+    const int groups = units_per_token(num_heads, 3) / 3;
+    CHECK(groups <= num_heads, "a group without a head: heads=%d", num_heads);
+    CHECK(groups * kHeadsPerThread >= num_heads, "heads=%d", num_heads);
+  }
 }
 
 // Every token of every sequence belongs to one tile, fixed length and varlen.

@@ -36,14 +36,13 @@ struct TileCopy {
 template <int kThreads, class T, class Tile>
 FA_DEVICE void load_tile_async(Tile smem, GmemRows<const T> gmem, int thread) {
   using Copy = TileCopy<Tile, kThreads>;
+  // Hides what `thread` is: what follows from it would otherwise be computed once, ahead of the
+  // caller's loop, and occupy registers in there.
+  asm volatile("" : "+r"(thread));
   const int first_row = thread / Copy::kLanes, first_chunk = thread % Copy::kLanes;
   if (first_row >= Tile::kRows) return;
   const uint32_t to = smem.chunk_address(first_row, first_chunk);
   const T* from = gmem.first + first_row * gmem.row_stride + first_chunk * 8;
-  int64_t pass_stride = Copy::kRowsPerPass * gmem.row_stride;
-  // Hides the value: its multiples would be computed once, ahead of the caller's loop, and fill
-  // registers there.
-  asm volatile("" : "+l"(pass_stride));
   FA_UNROLL
   for (int pass = 0; pass < Copy::kPasses; ++pass) {
     const bool row_exists = first_row + pass * Copy::kRowsPerPass < gmem.num_rows;
@@ -54,7 +53,7 @@ FA_DEVICE void load_tile_async(Tile smem, GmemRows<const T> gmem, int thread) {
           to + pass * Copy::kRowsPerPass * Tile::kRowBytes + i * Copy::kLanes * kSwizzleChunkBytes,
           from + i * Copy::kLanes * 8, exists ? 16 : 0);
     }
-    from += pass_stride;
+    from += Copy::kRowsPerPass * gmem.row_stride;
   }
 }
 

@@ -22,8 +22,9 @@ struct alignas(N * sizeof(T) <= 16 ? N * sizeof(T) : 16) Vec {
 template <class T>
 constexpr int kVecSize = 16 / static_cast<int>(sizeof(T));
 
-// Precondition: p is a multiple of 16 bytes if the vector is 16 bytes long or more, else of
-// sizeof(T).
+// Past L1, for data that this thread alone reads, in whole cache lines together with its
+// neighbours. Precondition: p is a multiple of 16 bytes if the vector is 16 bytes long or more,
+// else of sizeof(T).
 template <int N, class T>
 FA_DEVICE Vec<T, N> load_vec(const T* p) {
   Vec<T, N> v;
@@ -31,6 +32,23 @@ FA_DEVICE Vec<T, N> load_vec(const T* p) {
     FA_UNROLL
     for (int i = 0; i < N; i += kVecSize<T>)
       *reinterpret_cast<uint4*>(&v.x[i]) = ptx::ld_global_no_allocate_v4(p + i);
+  } else {
+    FA_UNROLL
+    for (int i = 0; i < N; ++i) v.x[i] = p[i];
+  }
+  return v;
+}
+
+// Through L1, for tables that many threads read and rows that are read half a line at a time.
+// Precondition: p is a multiple of 16 bytes if the vector is 16 bytes long, of 8 if it has 8, else
+// of sizeof(T).
+template <int N, class T>
+FA_DEVICE Vec<T, N> load_vec_l1(const T* p) {
+  Vec<T, N> v;
+  if constexpr (N * sizeof(T) == 16) {
+    *reinterpret_cast<uint4*>(v.x) = ptx::ld_global_v4(p);
+  } else if constexpr (N * sizeof(T) == 8) {
+    *reinterpret_cast<uint2*>(v.x) = ptx::ld_global_v2(p);
   } else {
     FA_UNROLL
     for (int i = 0; i < N; ++i) v.x[i] = p[i];
@@ -69,10 +87,18 @@ FA_DEVICE void to_float(const Vec<__half, N>& v, float (&out)[N]) {
 }
 template <int N>
 FA_DEVICE void to_float(const Vec<__nv_bfloat16, N>& v, float (&out)[N]) {
-  // A bf16 is the upper half of the float of the same value.
-  FA_UNROLL
-  for (int i = 0; i < N; ++i)
-    out[i] = __uint_as_float(static_cast<uint32_t>(__bfloat16_as_ushort(v.x[i])) << 16);
+  // A bf16 is the upper half of the float of the same value. Taken from whole words: elements read
+  // one by one stay in a register each from the load on, twice as many as were loaded.
+  if constexpr (N == 1) {
+    out[0] = __uint_as_float(static_cast<uint32_t>(__bfloat16_as_ushort(v.x[0])) << 16);
+  } else {
+    FA_UNROLL
+    for (int i = 0; i < N; i += 2) {
+      const uint32_t pair = *reinterpret_cast<const uint32_t*>(&v.x[i]);
+      out[i] = __uint_as_float(pair << 16);
+      out[i + 1] = __uint_as_float(pair & 0xffff0000u);
+    }
+  }
 }
 
 // Floats rounded to nearest even.

@@ -8,6 +8,7 @@ tiled backend without that being asked for: ``warn`` (default), ``allow`` or ``e
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 
 from torch import Tensor
@@ -18,6 +19,18 @@ _BACKENDS = ("auto", "tiled")
 _FALLBACKS = ("warn", "allow", "error")
 
 _warned: set[str] = set()
+
+
+class _Refusal(threading.local):
+    """Of this thread: why its last fallback was refused, for `raise_refusal_behind`.
+
+    An exception that was never raised, so that no traceback keeps tensors alive.
+    """
+
+    error: UnsupportedError | None = None
+
+
+_refusal = _Refusal()
 
 
 def _choice(variable: str, allowed: tuple[str, ...]) -> str:
@@ -51,12 +64,15 @@ def note_fallback(op: str, tensor: Tensor) -> None:
     """
     if not tensor.is_cuda or chosen_backend() == "tiled":
         return
+    _refusal.error = None
     fallback = _choice("FLASH_ATTN_EXT_FALLBACK", _FALLBACKS)
     if fallback == "error":
-        raise UnsupportedError(
+        message = (
             f"flash_attn_ext.{op}: no kernel takes these inputs and FLASH_ATTN_EXT_FALLBACK=error "
             "forbids PyTorch operations; flash_attn_ext.explain(...) names the reason"
         )
+        _refusal.error = UnsupportedError(message)
+        raise UnsupportedError(message)
     if fallback == "warn" and op not in _warned:
         _warned.add(op)
         warnings.warn(
@@ -66,3 +82,20 @@ def note_fallback(op: str, tensor: Tensor) -> None:
             FallbackWarning,
             stacklevel=2,
         )
+
+
+def raise_refusal_behind(error: RuntimeError) -> None:
+    """Raises the UnsupportedError of `note_fallback` that ``error`` stands for, if it does.
+
+    The compiled library calls the tiled backend through torch's stable ABI, which tells it that the
+    call failed and neither the type of the exception nor, before torch 2.13, its text.
+
+    Args:
+        error: what an op raised in this thread.
+
+    Raises:
+        UnsupportedError: the op was refused.
+    """
+    refused, _refusal.error = _refusal.error, None
+    if refused is not None and "torch_call_dispatcher" in str(error):
+        raise refused from error

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _cache_checks, _checks, _schema
 from ..autograd import needs_grad, rotary
+from ..backends import raise_refusal_behind
 from ..errors import UnsupportedError
 
 _rotary_ = _schema.op("rotary_")
@@ -82,7 +83,11 @@ def apply_rotary_emb(
     _checks.written_in_place("x", x)
     if needs_grad(x):
         return x.copy_(rotary(x, *arguments))
-    _rotary_(x, *arguments, False)
+    try:
+        _rotary_(x, *arguments, False)
+    except RuntimeError as error:
+        raise_refusal_behind(error)
+        raise
     return x
 
 

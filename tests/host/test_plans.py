@@ -72,7 +72,8 @@ flash_attn_func on rtx4090 (compute capability 8.9, 128 SMs, 99 KB of shared mem
   q [2, 4096, 32, 128], k [2, 4096, 8, 128], v [2, 4096, 8, 128], bf16, causal, window 64, dropout
   fwd: kernel sm80_fwd_hdim128_bf16 of _sm80, tile M x N of sm89, C CTAs and S B of shared memory
     - sm89: no kernel is written for it; its GPUs run the code of sm80
-  bwd_preprocess: kernel sm80_bwd_preprocess_bf16 of _sm80, tile M x N, C CTAs and S B of shared memory
+  bwd_preprocess: kernel sm80_bwd_preprocess_bf16 of _sm80, tile M x N, C CTAs and S B of shared \
+memory
     - sm89: no kernel is written for it; its GPUs run the code of sm80
   bwd: kernel sm80_bwd_hdim128_bf16 of _sm80, tile M x N of sm89, C CTAs and S B of shared memory, \
 workspace 134217728 B

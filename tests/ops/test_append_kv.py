@@ -75,21 +75,25 @@ def test_writes_the_slots_and_nothing_else(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("rotary_dim", [10, 64])
+@pytest.mark.parametrize("num_heads", [1, 2, 3])
 @pytest.mark.parametrize("rotary_seqlens", [None, [11, 2]], ids=["cache", "rotary_seqlens"])
 def test_rotates_keys(
     dtype: torch.dtype,
     interleaved: bool,
     rotary_dim: int,
+    num_heads: int,
     rotary_seqlens: list[int] | None,
     device: str,
     overload: str,
 ) -> None:
-    k = torch.randn(2, 3, HEADS, 64, device=device).to(dtype)
-    v = torch.randn(2, 3, HEADS, 64, device=device).to(dtype)
+    k = torch.randn(2, 3, num_heads, 64, device=device).to(dtype)
+    v = torch.randn(2, 3, num_heads, 64, device=device).to(dtype)
     angles = torch.rand(40, rotary_dim // 2, device=device) * 6.3
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     cache_seqlens = [5, 0]
-    k_cache, v_cache = (torch.zeros(2, 9, HEADS, 64, device=device, dtype=dtype) for _ in range(2))
+    k_cache, v_cache = (
+        torch.zeros(2, 9, num_heads, 64, device=device, dtype=dtype) for _ in range(2)
+    )
     op("append_kv", overload)(
         *(k_cache, v_cache, k, v, int32(cache_seqlens, device), None, None, None, cos, sin),
         *(None if rotary_seqlens is None else int32(rotary_seqlens, device), interleaved),
@@ -101,7 +105,7 @@ def test_rotates_keys(
         written = k_cache[batch, begin : begin + 3]
         assert_close_2x(written, expected[batch], expected[batch].to(dtype), name="k_cache")
         assert torch.equal(v_cache[batch, begin : begin + 3], v[batch])
-    assert k_cache.count_nonzero() <= 6 * HEADS * 64
+    assert k_cache.count_nonzero() <= 6 * num_heads * 64
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])

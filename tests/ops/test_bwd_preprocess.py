@@ -25,7 +25,7 @@ def _expected(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("head_dim_v", [1, 20, 64, 256])
+@pytest.mark.parametrize("head_dim_v", [1, 20, 64, 96, 160, 256])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("with_dlse", [False, True], ids=["no_dlse", "dlse"])
 def test_equals_rowsum(

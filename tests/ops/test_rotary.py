@@ -61,6 +61,27 @@ def test_equals_reference(
     assert torch.equal(result[..., rotary_dim:], before[..., rotary_dim:])
 
 
+@pytest.mark.parametrize("num_heads", [1, 2, 5, 8])
+@pytest.mark.parametrize("head_dim", [48, 52, 9], ids=lambda head_dim: f"head_dim{head_dim}")
+@pytest.mark.parametrize("in_place", [False, True], ids=["copy", "in_place"])
+def test_number_of_heads(
+    num_heads: int, head_dim: int, in_place: bool, device: str, overload: str
+) -> None:
+    storage = torch.randn(2, 19, num_heads + 1, head_dim, device=device)
+    x, behind = storage.split([num_heads, 1], dim=2)
+    behind_before = behind.clone()
+    cos, sin = _tables(32 if head_dim > 32 else 8, torch.float32, device)
+    expected = rotary_reference(x, cos, sin, torch.arange(19, device=device).expand(2, 19))
+    arguments = (cos, sin, None, None, 19, False, False, False)
+    if in_place:
+        op("rotary_", overload)(x, *arguments)
+        assert torch.equal(behind, behind_before)
+        result = x
+    else:
+        result = op("rotary", overload)(x, *arguments)
+    assert_equals(result, expected, 1e-5)
+
+
 @pytest.mark.parametrize("same_position", [False, True])
 @pytest.mark.parametrize("offsets", [None, [3, 0, 20, 7]], ids=["start", "offsets"])
 def test_packed(offsets: list[int] | None, same_position: bool, device: str, overload: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import Case, Packed, check_fixed, check_packed
+from attention_cases import TILED, Case, Packed, check_fixed, check_packed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -70,7 +70,7 @@ SWEEP = settings(
 @given(case=cases(), seed=st.integers(0, 2**31))
 def test_fixed(case: Case, seed: int, device: str) -> None:
     torch.manual_seed(seed)
-    check_fixed(case, device)
+    check_fixed(case, device, TILED)
 
 
 @pytest.mark.usefixtures("_tile_sizes", "length_reading")
@@ -79,4 +79,4 @@ def test_fixed(case: Case, seed: int, device: str) -> None:
 def test_packed(data: st.DataObject, seed: int, device: str) -> None:
     torch.manual_seed(seed)
     case = data.draw(cases())
-    check_packed(case, data.draw(packed_sequences(case.batch_size)), device)
+    check_packed(case, data.draw(packed_sequences(case.batch_size)), device, TILED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import Case, Packed, check_packed, op
+from attention_cases import TILED, Case, Packed, check_packed, op
 from helpers import assert_equals, cu_seqlens, int32
 
 from flash_attn_ext.backends import _problem
@@ -32,11 +32,11 @@ LENGTHS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("packed", LENGTHS.values(), ids=LENGTHS)
 def test_fp64_equals_reference(packed: Packed, options: dict[str, object], device: str) -> None:
-    check_packed(Case(batch_size=len(packed.seqlens_q), **options), packed, device)
+    check_packed(Case(batch_size=len(packed.seqlens_q), **options), packed, device, TILED)
 
 
 def test_no_sequences(device: str) -> None:
-    check_packed(Case(batch_size=0), Packed([], [], extra=2), device)
+    check_packed(Case(batch_size=0), Packed([], [], extra=2), device, TILED)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -45,12 +45,14 @@ def test_small_tiles(
 ) -> None:
     monkeypatch.setattr(_problem, "_MAX_TILE_M", 7)
     monkeypatch.setattr(_problem, "_MAX_TILE_N", 16)
-    check_packed(Case(batch_size=3, **options), LENGTHS["seqused"], device)
+    check_packed(Case(batch_size=3, **options), LENGTHS["seqused"], device, TILED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_error_is_at_most_twice_plain_pytorch(dtype: torch.dtype, device: str) -> None:
-    check_packed(Case(batch_size=3, head_dim=64, dtype=dtype, window=(-1, 0)), RAGGED, device)
+    check_packed(
+        Case(batch_size=3, head_dim=64, dtype=dtype, window=(-1, 0)), RAGGED, device, TILED
+    )
 
 
 @pytest.mark.parametrize("window", [(-1, 0), (4, 2)], ids=str)
@@ -61,7 +63,7 @@ def test_one_cu_seqlens_for_both(window: tuple[int, int], device: str) -> None:
     q, k, v = (x.detach() for x in case.packed_inputs(58, 58, device))
     ends = cu_seqlens(seqlens, device)
     lengths = (ends, ends, None, None)
-    out, lse, _ = op("varlen_fwd")(
+    out, lse, _ = op("varlen_fwd", "tiled")(
         q, k, v, *lengths, None, 40, 40, *case.options(device), False, 0, 0
     )
     starts = ends.tolist()
@@ -73,7 +75,7 @@ def test_one_cu_seqlens_for_both(window: tuple[int, int], device: str) -> None:
 def test_dmask(device: str) -> None:
     case = Case(batch_size=3, dropout_p=0.4)
     q, k, v = (x.detach() for x in case.packed_inputs(58, 88, device))
-    out, _, dmask = op("varlen_fwd")(
+    out, _, dmask = op("varlen_fwd", "tiled")(
         q, k, v, *RAGGED.tensors(device), None, 40, 60, *case.options(device), True, 0, 0
     )
     assert dmask.shape == (3, 4, 128, 128)
@@ -121,7 +123,7 @@ def test_pages(page_size: int, given: str, options: dict[str, object], device: s
         None,
         int32(seqlens_k, device) if given == "seqused_k" else None,
     )
-    out, lse, _ = op("varlen_fwd")(
+    out, lse, _ = op("varlen_fwd", "tiled")(
         *(q, k_pages, v_pages, *lengths, int32(table.tolist(), device), 40, 60),
         *(*case.options(device), False, 0, 0),
     )
@@ -136,7 +138,7 @@ def test_out_keeps_its_strides(device: str) -> None:
     case = Case(batch_size=3)
     q, k, v = (x.detach() for x in case.packed_inputs(58, 88, device))
     arguments = (*RAGGED.tensors(device), None, 40, 60, *case.options(device), False, 0, 0)
-    expected = op("varlen_fwd")(q, k, v, *arguments)
+    expected = op("varlen_fwd", "tiled")(q, k, v, *arguments)
     buffer = q.new_full((4, 58, 48), torch.nan).transpose(0, 1)
     lse, _ = op("varlen_fwd_out")(q, k, v, buffer[..., 24:], *arguments)
     assert torch.equal(buffer[..., 24:], expected[0])

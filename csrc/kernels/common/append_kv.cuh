@@ -37,8 +37,8 @@ FA_HD constexpr int append_kv_units_per_row(const AppendKvParams& p) {
   return row_units(p.head_dim, p.table.rotary_dim, kVec) + row_units(p.head_dim_v, 0, kVec);
 }
 
-template <class T, int kVec>
-__global__ void __launch_bounds__(kAppendKvThreads, kUnitCtasPerSm)
+template <class T, int kVec, int kHeads>
+__global__ void __launch_bounds__(kAppendKvThreads, kAppendKvCtasPerSm)
     append_kv_kernel(const __grid_constant__ AppendKvParams p, FastDiv by_token, FastDiv by_row,
                      FastDiv by_page, int tile_tokens) {
   const TokenTile tile =
@@ -52,24 +52,25 @@ __global__ void __launch_bounds__(kAppendKvThreads, kUnitCtasPerSm)
   for (int i = threadIdx.x; i < units; i += kAppendKvThreads) {
     const auto [tile_token, token_unit] = divide(i, by_token);
     const auto [head_group, unit] = divide(token_unit, by_row);
-    const int token = tile.begin + tile_token, head = head_group * kHeadsPerThread;
+    const HeadGroup heads(head_group, p.num_heads_kv);
+    const int token = tile.begin + tile_token;
     const bool is_key = unit < key_units;
     const UnitColumns columns =
         is_key ? unit_columns(p.head_dim, p.table.rotary_dim, p.table.interleaved, kVec, unit)
                : unit_columns(p.head_dim_v, 0, false, kVec, unit - key_units);
     const Strides& from = is_key ? p.k_strides : p.v_strides;
-    HeadUnits<T, kVec> units_of_heads;
+    HeadUnits<T, kVec, kHeads> units_of_heads;
     units_of_heads.load(static_cast<const T*>(is_key ? p.k : p.v) + tile.batch * from.batch +
-                            (tile.first_row + token) * from.token + head * from.head,
-                        from.head, columns, p.num_heads_kv - head);
+                            (tile.first_row + token) * from.token,
+                        from.head, heads, columns);
 
     const CacheSlot slot = cache_slot(p, by_page, tile.batch, cache_seqlen + token);
     if (slot.index < 0) continue;
     units_of_heads.turn(p.table, rotary_offset + token, columns);
     const Strides& to = is_key ? p.k_cache_strides : p.v_cache_strides;
     units_of_heads.store(static_cast<T*>(is_key ? p.k_cache : p.v_cache) + slot.index * to.batch +
-                             slot.token * to.token + head * to.head,
-                         to.head, columns, p.num_heads_kv - head);
+                             slot.token * to.token,
+                         to.head, heads, columns);
   }
 }
 
@@ -82,7 +83,9 @@ int launch_append_kv(const AppendKvParams& p, cudaStream_t stream) {
   const int tile_tokens = tokens_per_tile(per_token, kAppendKvThreads, varlen);
   const int64_t tiles = num_token_tiles(varlen, p.batch_size, p.seqlen_new, tile_tokens);
   if (tiles == 0 || per_row == 0) return cudaSuccess;
-  const auto kernel = p.vectorized ? append_kv_kernel<T, kVecSize<T>> : append_kv_kernel<T, 1>;
+  const auto kernel = !p.vectorized         ? append_kv_kernel<T, 1, kHeadsPerThread>
+                      : p.num_heads_kv == 1 ? append_kv_kernel<T, kVecSize<T>, 1>
+                                            : append_kv_kernel<T, kVecSize<T>, kHeadsPerThread>;
   kernel<<<static_cast<unsigned>(tiles), kAppendKvThreads, 0, stream>>>(
       p, FastDiv(per_token), FastDiv(per_row), FastDiv(max(p.page_size, 1)), tile_tokens);
   return cudaGetLastError();

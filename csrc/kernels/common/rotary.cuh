@@ -20,8 +20,8 @@ FA_HD constexpr int rotary_moved_dim(const RotaryParams& p) {
   return p.x == p.out ? p.table.rotary_dim : p.head_dim;
 }
 
-template <class T, int kVec>
-__global__ void __launch_bounds__(kRotaryThreads, kUnitCtasPerSm)
+template <class T, int kVec, int kHeads>
+__global__ void __launch_bounds__(kRotaryThreads, kRotaryCtasPerSm)
     rotary_kernel(const __grid_constant__ RotaryParams p, FastDiv by_token, FastDiv by_row,
                   int tile_tokens) {
   const TokenTile tile = token_tile(p.cu_seqlens, p.batch_size, p.seqlen, tile_tokens, blockIdx.x);
@@ -31,18 +31,19 @@ __global__ void __launch_bounds__(kRotaryThreads, kUnitCtasPerSm)
   for (int i = threadIdx.x; i < units; i += kRotaryThreads) {
     const auto [tile_token, token_unit] = divide(i, by_token);
     const auto [head_group, unit] = divide(token_unit, by_row);
-    const int token = tile.begin + tile_token, head = head_group * kHeadsPerThread;
+    const HeadGroup heads(head_group, p.num_heads);
+    const int token = tile.begin + tile_token;
     const int64_t row = tile.first_row + token;
     const UnitColumns columns =
         unit_columns(rotary_moved_dim(p), p.table.rotary_dim, p.table.interleaved, kVec, unit);
-    HeadUnits<T, kVec> units_of_heads;
-    units_of_heads.load(static_cast<const T*>(p.x) + tile.batch * p.x_strides.batch +
-                            row * p.x_strides.token + head * p.x_strides.head,
-                        p.x_strides.head, columns, p.num_heads - head);
+    HeadUnits<T, kVec, kHeads> units_of_heads;
+    units_of_heads.load(
+        static_cast<const T*>(p.x) + tile.batch * p.x_strides.batch + row * p.x_strides.token,
+        p.x_strides.head, heads, columns);
     units_of_heads.turn(p.table, p.same_position ? offset : offset + token, columns);
-    units_of_heads.store(static_cast<T*>(p.out) + tile.batch * p.out_strides.batch +
-                             row * p.out_strides.token + head * p.out_strides.head,
-                         p.out_strides.head, columns, p.num_heads - head);
+    units_of_heads.store(
+        static_cast<T*>(p.out) + tile.batch * p.out_strides.batch + row * p.out_strides.token,
+        p.out_strides.head, heads, columns);
   }
 }
 
@@ -55,7 +56,9 @@ int launch_rotary(const RotaryParams& p, cudaStream_t stream) {
   const int tile_tokens = tokens_per_tile(per_token, kRotaryThreads, varlen);
   const int64_t tiles = num_token_tiles(varlen, p.batch_size, p.seqlen, tile_tokens);
   if (tiles == 0 || per_row == 0) return cudaSuccess;
-  const auto kernel = p.vectorized ? rotary_kernel<T, kVecSize<T>> : rotary_kernel<T, 1>;
+  const auto kernel = !p.vectorized      ? rotary_kernel<T, 1, kHeadsPerThread>
+                      : p.num_heads == 1 ? rotary_kernel<T, kVecSize<T>, 1>
+                                         : rotary_kernel<T, kVecSize<T>, kHeadsPerThread>;
   kernel<<<static_cast<unsigned>(tiles), kRotaryThreads, 0, stream>>>(
       p, FastDiv(per_token), FastDiv(per_row), tile_tokens);
   return cudaGetLastError();
