@@ -32,8 +32,8 @@ FA_HD constexpr SeqlenInfo seqlen_info(SeqlenArgs args, int batch) {
           static_cast<int64_t>(begin) + leftpad};
 }
 
-// The same for kernels that write every row of a varlen tensor of `total` rows: what lies behind the
-// last sequence counts as sequence batch_size, whose rows exist and do not attend.
+// The same for kernels that write every row of a varlen tensor of `total` rows: what lies behind
+// the last sequence counts as sequence batch_size, whose rows exist and do not attend.
 FA_HD constexpr SeqlenInfo seqlen_info_or_rest(SeqlenArgs args, int batch, int batch_size,
                                                int total) {
   if (batch < batch_size) return seqlen_info(args, batch);

@@ -15,12 +15,21 @@
 
 namespace fa {
 
+// Number of the tile (m_block, head) of a sequence in dq_accum and among the semaphores.
+template <int kTileM>
+FA_DEVICE int64_t bwd_dq_tile_index(const BwdParams& p, int batch, int64_t first_row, int m_block,
+                                    int head) {
+  const int64_t accum_row =
+      bwd_dq_accum_first_row(p.seqlens_q.cu_seqlens != nullptr, batch, p.seqlens_q.max_seqlen,
+                             static_cast<int>(first_row), kTileM);
+  return (accum_row / kTileM + m_block) * p.num_heads_q + head;
+}
+
 // Zeros for rows of a head; a warp takes a row. num_cols <= 256.
 template <int kThreads, class T>
-FA_DEVICE void zero_rows(T* head, int64_t token_stride, Range rows, int num_cols) {
+FA_DEVICE void clear_rows(T* head, int64_t token_stride, Range rows, int num_cols) {
   const int column = threadIdx.x % kWarpSize * 8;
-  for (int row = rows.begin + threadIdx.x / kWarpSize; row < rows.end;
-       row += kThreads / kWarpSize)
+  for (int row = rows.begin + threadIdx.x / kWarpSize; row < rows.end; row += kThreads / kWarpSize)
     if (column < num_cols) ptx::st_global_v4(head + row * token_stride + column, uint4{});
 }
 
@@ -33,25 +42,23 @@ __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads)
 
   const TileCoord at = tile_coord(grid, blockIdx.x, false);
   const SeqlenInfo seq = seqlen_info_or_rest(p.seqlens_q, at.batch, p.batch_size, p.total_q);
-  T* head = static_cast<T*>(p.dq) + element_offset(p.dq_strides.batch, p.dq_strides.token,
-                                                   p.dq_strides.head, at.batch, seq.first_row,
-                                                   at.head);
+  T* head =
+      static_cast<T*>(p.dq) + element_offset(p.dq_strides.batch, p.dq_strides.token,
+                                             p.dq_strides.head, at.batch, seq.first_row, at.head);
   const int first = at.m_block * Shape::kTileM;
   if (first >= seq.seqlen) {
     // The rest behind the last sequence may have more tiles than the grid.
     for (int row = first; row < seq.stored; row += grid.num_m_blocks * Shape::kTileM)
-      zero_rows<Shape::kThreads>(head, p.dq_strides.token,
-                                 {row, min(row + Shape::kTileM, seq.stored)}, p.head_dim);
+      clear_rows<Shape::kThreads>(head, p.dq_strides.token,
+                                  {row, min(row + Shape::kTileM, seq.stored)}, p.head_dim);
     return;
   }
 
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int64_t first_row =
-      bwd_dq_accum_first_row(p.seqlens_q.cu_seqlens != nullptr, at.batch, p.seqlens_q.max_seqlen,
-                             static_cast<int>(seq.first_row), Shape::kTileM);
-  const int64_t index = (first_row / Shape::kTileM + at.m_block) * p.num_heads_q + at.head;
-  const float* sums = p.dq_accum + index * Shape::kDqTileElements +
-                      warp * Shape::kDqRegs * kWarpSize + lane;
+  const int64_t index =
+      bwd_dq_tile_index<Shape::kTileM>(p, at.batch, seq.first_row, at.m_block, at.head);
+  const float* sums =
+      p.dq_accum + index * Shape::kDqTileElements + warp * Shape::kDqRegs * kWarpSize + lane;
   float x[Shape::kDqRegs];
   FA_UNROLL
   for (int reg = 0; reg < Shape::kDqRegs; ++reg) x[reg] = sums[reg * kWarpSize];
