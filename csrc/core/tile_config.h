@@ -167,8 +167,8 @@ FA_HD constexpr BwdTileConfig bwd_tile_config(Arch arch, int head_dim, MaskKind 
   const bool full = mask == MaskKind::kFull;
   // clang-format off
   switch (arch) {
-    // Half of the warps own dV, the other half dK, tile_n / (num_warps / 2) keys to a warp: the more
-    // keys, the less shared memory traffic. P and dS share a buffer, of which there are two.
+    // Half of the warps own dV, the other half dK, tile_n / (num_warps / 2) keys to a warp: the
+    // more keys, the less shared memory traffic. P and dS share a buffer, of which there are two.
     case Arch::kSm80:
       switch (built) {
         // 160 KB. 32 keys and 64 queries a warp, twice a step; 64 x 128 is 10 % slower on an H100.
