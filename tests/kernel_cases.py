@@ -128,15 +128,15 @@ def far_apart(stride: tuple[int, int, int], *tensors: Tensor) -> list[Tensor]:
     return views
 
 
-SMALL_SMEM_KB = 99  # of compute capability 8.6, 8.9 and 12.0
+SMALLER_SMEM_KB = (163, 99)  # of compute capability 8.0; of 8.6, 8.9 and 12.0
 
 
 def _variants() -> dict[str, dict[str, str]]:
     """Name -> environment of each set of kernels that differs from the others on this GPU.
 
     "native" is what the GPU runs by itself, "sm80" the kernels of _sm80 where those are others, and
-    "sm80_99kb" the same with the tiles for little shared memory. The switches are read at every
-    call, so one process can run all of them.
+    "sm80_163kb" and "sm80_99kb" the same with the tiles for less shared memory than it has. The
+    switches are read at every call, so one process can run all of them.
     """
     variants: dict[str, dict[str, str]] = {"native": {}}
     introspect = _load.status().introspect
@@ -148,12 +148,17 @@ def _variants() -> dict[str, dict[str, str]]:
         if own != "sm80":
             variants["sm80"] = {"FLASH_ATTN_EXT_ARCH": "sm80"}
     smem: int = torch.cuda.get_device_properties(0).shared_memory_per_block_optin  # type: ignore[attr-defined]
-    if smem > SMALL_SMEM_KB * 1024:
-        variants["sm80_99kb"] = {
-            "FLASH_ATTN_EXT_ARCH": "sm80",
-            "FLASH_ATTN_EXT_SMEM_KB": str(SMALL_SMEM_KB),
-        }
+    for kb in SMALLER_SMEM_KB:
+        if smem > kb * 1024:
+            variants[f"sm80_{kb}kb"] = {
+                "FLASH_ATTN_EXT_ARCH": "sm80",
+                "FLASH_ATTN_EXT_SMEM_KB": str(kb),
+            }
     return variants
 
 
 VARIANTS = _variants()
+
+A100 = {"FLASH_ATTN_EXT_ARCH": "sm80", "FLASH_ATTN_EXT_SMEM_KB": "163"}
+"""Environment for the tiles of a GPU with 163 KB, which differ from those of larger ones for few
+head dimensions only; no variant of its own."""

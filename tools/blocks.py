@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -43,28 +43,36 @@ def fenced_code(text: str, language: str) -> list[str]:
 
 
 def update_main(
-    argv: list[str], *, description: str, name: str, generate: Callable[[], str]
+    argv: list[str], *, description: str, generators: Mapping[str, Callable[[], str]]
 ) -> int:
-    """Command line of a tool that generates block ``name`` of a Markdown file.
+    """Command line of a tool that generates blocks of a Markdown file, by their names.
 
-    Writes the block, or with --check compares it and exits with 1 when it is stale.
+    Writes those that the file has, or with --check compares them and exits with 1 when one is
+    stale.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("file", nargs="?", type=Path, default=Path("README.md"))
-    parser.add_argument("--check", action="store_true", help="fail if the block is stale")
+    parser.add_argument("--check", action="store_true", help="fail if a block is stale")
     options = parser.parse_args(argv)
 
-    before = options.file.read_text(encoding="utf-8")
-    after = replace_block(before, name, generate())
-    if before == after:
-        print(f"{options.file}: block {name} is up to date")
-        return 0
-    if options.check:
-        print(f"{options.file}: block {name} is stale; run: python {sys.argv[0]} {options.file}")
-        return 1
-    options.file.write_text(after, encoding="utf-8")
-    print(f"{options.file}: block {name} written")
-    return 0
+    text = options.file.read_text(encoding="utf-8")
+    names = [name for name in generators if f"<!-- begin: {name} -->" in text]
+    if not names:
+        raise ValueError(f"{options.file}: has none of the blocks {', '.join(generators)}")
+    stale = False
+    for name in names:
+        before, text = text, replace_block(text, name, generators[name]())
+        if before == text:
+            print(f"{options.file}: block {name} is up to date")
+        elif options.check:
+            print(
+                f"{options.file}: block {name} is stale; run: python {sys.argv[0]} {options.file}"
+            )
+            stale = True
+        else:
+            options.file.write_text(text, encoding="utf-8")
+            print(f"{options.file}: block {name} written")
+    return int(stale)
 
 
 def main(argv: list[str]) -> int:

@@ -1,15 +1,19 @@
-"""Writes the README's benchmark table from the result files of benchmarks/.
+"""Writes benchmark tables into Markdown from the result files of benchmarks/.
 
     python tools/render_results.py [README.md] [--check]
 
-No number is typed: each table is one benchmarks/results/<device>/small_kernels.json, with the
-conditions of the run in the line above it.
+No number is typed: each table is one benchmarks/results/<device>/<benchmark>.json, with the
+conditions of the run in the line above it. Blocks: `benchmarks` (row kernels), `attention-summary`
+(one line for each head_dim) and `attention-results` (every row).
 """
 
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,12 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 EMPTY = (
     "No results are recorded yet; `python benchmarks/bench_small_kernels.py` on a GPU writes them."
 )
+EMPTY_ATTENTION = (
+    "No results are recorded yet; `python benchmarks/bench_attention.py` on a GPU writes them."
+)
+PEER = "sdpa_flash"
+
+Rows = list[dict[str, Any]]
 
 
 def conditions(environment: dict[str, Any]) -> str:
@@ -32,34 +42,238 @@ def conditions(environment: dict[str, Any]) -> str:
         parts.append(f"driver {driver}")
     if clock := environment.get("clocks.sm"):
         parts.append(f"SM clock {clock} at {environment['power.draw']} during a copy")
-    return f"{', '.join(parts)}, {environment['date'][:10]}. `{environment['command']}`"
+    switches = [f"{name}={value}" for name, value in environment.get("switches", {}).items()]
+    command = " ".join([*switches, environment["command"]])
+    return f"{', '.join(parts)}, {environment['date'][:10]}. `{command}`"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows of one result file."""
-    lines = ["| op | case | MB | GB/s | copy GB/s | of the copy |", "|--|--|--:|--:|--:|--:|"]
+def markdown(header: Sequence[str], rows: Sequence[Sequence[object]], words: int) -> str:
+    """A table; the first `words` columns are text, the others numbers."""
+    lines = [
+        f"| {' | '.join(header)} |",
+        "|" + "--|" * words + "--:|" * (len(header) - words),
+    ]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
+def load(results: Path, name: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Result files of one benchmark: those of every device, then those with forced kernels."""
+    paths = sorted(results.glob(f"*/{name}.json")) + sorted(results.glob(f"*/{name}_*.json"))
+    return [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+
+
+def table(rows: Rows) -> str:
+    """The rows of the row kernels."""
+    lines = []
     for row in rows:
         # Where a copy is no fair comparison, what torch reaches on the same bytes.
         same_access = row.get("fraction_of_same_access")
         part = f" ({same_access:.0%} of the same bytes negated)" if same_access else ""
         lines.append(
-            f"| `{row['op']}` | {row['case']}{part} | {row['num_bytes'] / 1e6:.0f} "
-            f"| {row['gb_per_s']:.0f} | {row['copy_gb_per_s']:.0f} "
-            f"| {row['fraction_of_copy']:.0%} |"
+            [
+                f"`{row['op']}`",
+                row["case"] + part,
+                f"{row['num_bytes'] / 1e6:.0f}",
+                f"{row['gb_per_s']:.0f}",
+                f"{row['copy_gb_per_s']:.0f}",
+                f"{row['fraction_of_copy']:.0%}",
+            ]
         )
-    return "\n".join(lines)
+    return markdown(["op", "case", "MB", "GB/s", "copy GB/s", "of the copy"], lines, 2)
 
 
 def generate(results: Path = RESULTS) -> str:
-    """One section for each device that has results."""
+    """Row kernels: one section for each device that has results."""
     sections = []
-    for path in sorted(results.glob("*/small_kernels.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        sections.append(f"{conditions(content['environment'])}\n\n{table(content['rows'])}")
+    for path, content in load(results, "small_kernels"):
+        if path.stem == "small_kernels":
+            sections.append(f"{conditions(content['environment'])}\n\n{table(content['rows'])}")
     return "\n\n".join(sections) or EMPTY
 
 
-if __name__ == "__main__":
-    sys.exit(
-        blocks.update_main(sys.argv[1:], description=__doc__, name="benchmarks", generate=generate)
+# ---- attention --------------------------------------------------------------------------------
+
+
+def ratio(row: dict[str, Any]) -> float | None:
+    """How many times as fast as FlashAttention-2."""
+    peer = row["ms"].get(PEER)
+    return None if peer is None else peer / row["ms"]["ours"]
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def summary(rows: Rows) -> str:
+    """Dense attention: one line for each pass, head_dim and mask."""
+    groups: dict[tuple[Any, ...], Rows] = {}
+    for row in rows:
+        groups.setdefault((row["pass"], row["head_dim"], row["causal"]), []).append(row)
+    lines = []
+    for (which, head_dim, causal), group in groups.items():
+        longest = max(group, key=lambda row: row["seqlen"])
+        found = [r for r in map(ratio, group) if r is not None]
+        speeds = [longest["tflops"].get(name) for name in ("ours", PEER, "sdpa_cudnn")]
+        lines.append(
+            [
+                which,
+                head_dim,
+                "causal" if causal else "full",
+                *("-" if speed is None else f"{speed:.0f}" for speed in speeds),
+                times(geometric_mean(found) if found else None),
+                times(min(found, default=None)),
+            ]
+        )
+    longest_seqlen = max(row["seqlen"] for row in rows)
+    speed_of = f"TFLOP/s at length {longest_seqlen}"
+    header = ["pass", "head_dim", "mask", speed_of, "FlashAttention-2", "cuDNN"]
+    return markdown([*header, "x FlashAttention-2, mean", "least"], lines, 3)
+
+
+def attention_summary(results: Path = RESULTS) -> str:
+    """The summary of every dense run."""
+    sections = [
+        f"{conditions(content['environment'])}\n\n{summary(content['rows'])}"
+        for _, content in load(results, "attention_dense")
+        if content["rows"]
+    ]
+    return "\n\n".join(sections) or EMPTY_ATTENTION
+
+
+def _speeds(row: dict[str, Any], *words: object) -> list[object]:
+    """A line of `speed_table`."""
+    speeds = [row["tflops"].get(name) for name in ("ours", PEER, "sdpa_cudnn")]
+    cells = ["-" if speed is None else f"{speed:.0f}" for speed in speeds]
+    return [row["pass"], *words, f"{row['ms']['ours']:.3f}", *cells, times(ratio(row))]
+
+
+def speed_table(rows: Rows, header: Sequence[str], words: Callable[..., Sequence[object]]) -> str:
+    """Times and speeds beside the peers; `words` describes the problem of a row."""
+    numbers = ["ms", "TFLOP/s", "FlashAttention-2", "cuDNN", "x FlashAttention-2"]
+    lines = [_speeds(row, *words(row)) for row in rows]
+    return markdown(["pass", *header, *numbers], lines, 1 + len(header))
+
+
+def _mask(row: dict[str, Any]) -> str:
+    return "causal" if row["causal"] else "full"
+
+
+def dense_table(rows: Rows) -> str:
+    header = ["head_dim", "mask", "length", "batch", "heads"]
+    return speed_table(
+        rows,
+        header,
+        lambda r: (r["head_dim"], _mask(r), r["seqlen"], r["batch_size"], r["num_heads"]),
     )
+
+
+def gqa_table(rows: Rows) -> str:
+    return speed_table(
+        rows,
+        ["heads of q / of k", "head_dim", "mask", "length"],
+        lambda r: (
+            f"{r['num_heads']} / {r['num_heads_kv']}",
+            r["head_dim"],
+            _mask(r),
+            r["seqlen"],
+        ),
+    )
+
+
+def varlen_table(rows: Rows) -> str:
+    return speed_table(
+        rows, ["sequences", "heads"], lambda r: (f"{r['case']}, causal", r["num_heads"])
+    )
+
+
+def window_table(rows: Rows) -> str:
+    header = ["pass", "head_dim", "mask", "window", "ms", "ms of full", "times as fast"]
+    lines = [
+        [
+            row["pass"],
+            row["head_dim"],
+            _mask(row),
+            ", ".join(map(str, row["window"])),
+            f"{row['ms']['ours']:.3f}",
+            f"{row['ms']['ours_full']:.3f}",
+            f"{row['full_over_window']:.1f}",
+        ]
+        for row in rows
+    ]
+    return markdown(header, lines, 4)
+
+
+def extras_table(rows: Rows) -> str:
+    names = [name for name in rows[0]["relative"] if name != "ours"]
+    lines = [
+        [
+            row["pass"],
+            row["head_dim"],
+            _mask(row),
+            row["seqlen"],
+            f"{row['ms']['ours']:.3f}",
+            *(f"{row['relative'][name] - 1:+.0%}" for name in names),
+        ]
+        for row in rows
+    ]
+    return markdown(["pass", "head_dim", "mask", "length", "ms of plain", *names], lines, 4)
+
+
+def host_table(rows: Rows) -> str:
+    lines = [[row["call"], f"{row['us']:.1f}"] for row in rows]
+    return markdown(["call", "us of the host"], lines, 1)
+
+
+def memory_table(rows: Rows) -> str:
+    names = list(rows[0]["peak_bytes"])
+    lines = [
+        [
+            row["seqlen"],
+            *(
+                "-" if (peak := row["peak_bytes"][name]) is None else f"{peak / 2**20:.0f}"
+                for name in names
+            ),
+        ]
+        for row in rows
+    ]
+    return markdown(["tokens", *(f"{name}, MiB" for name in names)], lines, 1)
+
+
+ATTENTION: dict[str, tuple[str, Callable[[Rows], str]]] = {
+    "dense": ("16,384 tokens, heads * head_dim = 2048", dense_table),
+    "gqa": ("Grouped query heads, batch 2", gqa_table),
+    "varlen": ("Packed sequences", varlen_table),
+    "window": ("Windows at length 16384", window_table),
+    "extras": ("Options beside the plain call, batch 2, 16 heads", extras_table),
+    "host": ("Host time of one call", host_table),
+    "memory": ("Peak memory of forward and backward beside the inputs", memory_table),
+}
+"""Section of bench_attention.py -> heading and table."""
+
+
+def attention_results(results: Path = RESULTS) -> str:
+    """Every row of every section of every run."""
+    sections = []
+    for section, (heading, render) in ATTENTION.items():
+        runs = [
+            f"{conditions(content['environment'])}\n\n{render(content['rows'])}"
+            for _, content in load(results, f"attention_{section}")
+            if content["rows"]
+        ]
+        if runs:
+            sections.append("\n\n".join([f"## {heading}", *runs]))
+    return "\n\n".join(sections) or EMPTY_ATTENTION
+
+
+GENERATORS = {
+    "benchmarks": generate,
+    "attention-summary": attention_summary,
+    "attention-results": attention_results,
+}
+
+if __name__ == "__main__":
+    sys.exit(blocks.update_main(sys.argv[1:], description=__doc__, generators=GENERATORS))

@@ -23,6 +23,6 @@ def generate() -> str:
 if __name__ == "__main__":
     sys.exit(
         blocks.update_main(
-            sys.argv[1:], description=__doc__, name="support-table", generate=generate
+            sys.argv[1:], description=__doc__, generators={"support-table": generate}
         )
     )

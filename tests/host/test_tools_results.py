@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
+import attention_calls
+import bench_attention
 import bench_small_kernels
 import common
+import plot_attention
 import pytest
 import render_results
 import torch
+from helpers import needs_module, require
+
+from flash_attn_ext.reference import visible_keys
 
 CPU = torch.device("cpu")
 
@@ -96,3 +104,74 @@ def test_rows_read_more_than_they_claim_to_need() -> None:
 
 def test_render_without_results(tmp_path: Path) -> None:
     assert render_results.generate(tmp_path) == render_results.EMPTY
+    assert render_results.attention_summary(tmp_path) == render_results.EMPTY_ATTENTION
+    assert render_results.attention_results(tmp_path) == render_results.EMPTY_ATTENTION
+
+
+def test_work_of_attention_problems() -> None:
+    full = attention_calls.Problem(2, 100, 3, 3, 64)
+    assert full.flops() == 4 * 2 * 3 * 64 * 100**2
+    causal = dataclasses.replace(full, causal=True)
+    assert causal.flops() == full.flops() / 2
+    for mask, window in [(False, (10, 5)), (True, (10, 0)), (False, (-1, 7)), (False, (3, -1))]:
+        problem = dataclasses.replace(full, causal=mask, window=window)
+        assert problem.pairs() == visible_keys(100, 100, window).sum().item()
+    packed = attention_calls.PackedProblem((10, 90), 3, 64)
+    assert packed.flops() == 4 * 3 * 64 * (10**2 + 90**2) / 2
+
+
+def small_problem(batch_size: int, seqlen: int, *sizes: int, **options: Any) -> Any:
+    """In place of bench_attention.Problem: one sequence of at most 48 tokens."""
+    return attention_calls.Problem(1, min(seqlen, 48), *sizes, **options)
+
+
+def test_attention_end_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every section on the CPU, then its tables and pictures."""
+    packed = {"two": attention_calls.PackedProblem((16, 40), 2, 32)}
+    monkeypatch.setattr(bench_attention, "packed_problems", lambda: packed)
+    monkeypatch.setattr(bench_attention, "Problem", small_problem)
+    monkeypatch.setattr(bench_attention, "HIDDEN", 128)
+    monkeypatch.setattr(bench_attention, "host_us", lambda call, device: len([call()]) * 1.5)
+    monkeypatch.setenv("FLASH_ATTN_EXT_SMEM_KB", "99")
+    folder = tmp_path / "results" / "cpu"
+    arguments = ["--device", "cpu", "--seqlens", "32,48", "--head-dims", "64", "--repetitions", "1"]
+    assert bench_attention.main([*arguments, "--out", str(folder)]) == 0
+    for section in bench_attention.SECTIONS:
+        content = json.loads((folder / f"attention_{section}_99kb.json").read_text())
+        assert content["environment"]["switches"]["FLASH_ATTN_EXT_SMEM_KB"] == "99"
+        assert bool(content["rows"]) == (section != "memory")  # which needs CUDA
+    assert "x FlashAttention-2" in capsys.readouterr().out
+
+    sizes = dataclasses.asdict(small_problem(1, 48, 2, 2, 64))
+    peaks = {"ours": 1 << 20, "ours_deterministic": 1 << 20, "sdpa_flash": 3 << 20, "plain": None}
+    path = folder / "attention_memory_99kb.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "rows": [{**sizes, "peak_bytes": peaks}]}))
+    text = render_results.attention_results(folder.parent)
+    for heading, _ in render_results.ATTENTION.values():
+        assert f"## {heading}" in text
+    assert "| 48 | 1 | 1 | 3 | - |" in text
+    assert "FLASH_ATTN_EXT_SMEM_KB=99 " in text
+    assert "| fwd | 64 | causal |" in render_results.attention_summary(folder.parent)
+
+    require(needs_module("matplotlib"))
+    assert plot_attention.main([str(folder)]) == 0
+    assert sorted(path.name for path in folder.glob("*.png")) == [
+        "attention_dense_99kb.png",
+        "attention_memory_99kb.png",
+    ]
+
+
+def test_attention_asserts_the_dense_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_attention, "Problem", small_problem)
+    monkeypatch.setattr(bench_attention, "HIDDEN", 64)
+    arguments = ["--device", "cpu", "--seqlens", "32", "--head-dims", "64", "--repetitions", "1"]
+    arguments += ["--sections", "dense", "--passes", "fwd", "--out", str(tmp_path)]
+    assert bench_attention.main([*arguments, "--assert-row", "1e-9"]) == 0
+    assert bench_attention.main([*arguments, "--assert-row", "1e9"]) == 1
+    assert bench_attention.main([*arguments, "--assert-mean", "1e9"]) == 1
+    assert "on average" in capsys.readouterr().out

@@ -96,9 +96,8 @@ def test_update_main(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     path.write_text(DOCUMENT)
 
     def update(*options: str) -> int:
-        return blocks.update_main(
-            [str(path), *options], description="", name="empty", generate=lambda: "| new |"
-        )
+        generators = {"empty": lambda: "| new |", "not_here": lambda: "other"}
+        return blocks.update_main([str(path), *options], description="", generators=generators)
 
     assert update("--check") == 1
     assert "stale" in capsys.readouterr().out
@@ -106,3 +105,6 @@ def test_update_main(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert update() == 0
     assert update("--check") == 0
     assert "| new |" in path.read_text()
+    assert "other" not in path.read_text()
+    with pytest.raises(ValueError, match="has none of the blocks not_here"):
+        blocks.update_main([str(path)], description="", generators={"not_here": str})

@@ -14,6 +14,7 @@ import torch
 from attention_cases import Case, How, Packed, check_fixed, check_packed, compare, gradients, op
 from helpers import NEEDS_GPU_MEMORY, assert_equals, require
 from kernel_cases import (
+    A100,
     BF16,
     DEVICE,
     DTYPES,
@@ -97,6 +98,16 @@ def test_options(options: dict[str, Any], head_dim: int, dtype: torch.dtype) -> 
     # With one key for each row (window 0, 0) the gradient of the score is nothing but rounding.
     how = How(deterministic=head_dim != 128, like_tiled=options.get("window") == (0, 0))
     check_fixed(case(dtype, **sizes, **options), DEVICE, how)
+
+
+@pytest.mark.parametrize("kernels", ["native"], indirect=True)
+@pytest.mark.parametrize("options", ["causal", "everything"])
+def test_tiles_of_an_a100(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in A100.items():
+        monkeypatch.setenv(name, value)
+    for head_dim in (64, 96, 128, 192, 256):
+        sizes = {"seqlen_q": 260, "seqlen_k": 300, "head_dim": head_dim, "head_dim_v": head_dim}
+        check_fixed(case(**sizes, **OPTIONS[options]), DEVICE)
 
 
 @BOTH

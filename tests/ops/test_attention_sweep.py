@@ -1,6 +1,6 @@
 """Random problems over the whole option space in 16 bits, values and gradients against fp64.
 
-On a GPU 2,500 problems for the kernels, each with one of the sets of tiles; on the CPU a few dozen
+On a GPU 2,500 problems for the kernels, each with one of the sets of tiles; on the CPU a dozen
 for the tiled backend (test_tiled_sweep.py tests that in fp64). Sizes are small and lengths often at
 the edge of a tile: mistakes are there. With FLASH_ATTN_EXT_TEST_SEED=n every problem is another.
 """
@@ -15,12 +15,13 @@ import torch
 from attention_cases import Case, How, Packed, check_fixed, check_packed
 from conftest import seed_of
 from helpers import NEEDS_CUDA, NEEDS_LIBRARY, require
-from kernel_cases import BF16, DEVICE, FP16, VARIANTS
+from kernel_cases import A100, BF16, DEVICE, FP16, VARIANTS
 from tensor_layouts import LAYOUTS
 
 CHUNKS = 25
 PROBLEMS_PER_CHUNK = 100
-PROBLEMS_ON_CPU = 40
+PROBLEMS_ON_CPU = 12
+TILES = {**VARIANTS, "a100": A100}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def draw(rng: random.Random) -> Problem:
         layout=rng.choice(["contiguous", "contiguous", *LAYOUTS]),
         with_dlse=rng.random() < 0.5,
         deterministic=rng.random() < 0.5,
-        variant=rng.choice([*VARIANTS]),
+        variant=rng.choice([*TILES]),
     )
 
 
@@ -122,7 +123,7 @@ def test_kernels(
     for _ in range(PROBLEMS_PER_CHUNK):
         problem = draw(rng)
         with monkeypatch.context() as context:
-            for name, value in VARIANTS[problem.variant].items():
+            for name, value in TILES[problem.variant].items():
                 context.setenv(name, value)
             check(problem, rng.getrandbits(32), DEVICE)
 
