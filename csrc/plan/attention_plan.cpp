@@ -16,11 +16,11 @@ int built_size(const Problem& p) {
 }
 
 // Whose rows of tile_config.h suit the device: kSm80's kernels run with the tiles of the newest
-// architecture whose shared memory the device has. kSm90 has tiles of its own for one size only.
+// architecture whose shared memory the device has. kSm90 has tiles of its own for some sizes only.
 Arch tiles_for(Arch arch, const Problem& p, const DeviceFacts& device) {
   if (arch != Arch::kSm80) return arch;
   const int smem = device.max_smem_bytes;
-  const bool has_sm90_tiles = p.family == Family::kFwd && built_size(p) == 256;
+  const bool has_sm90_tiles = p.family == Family::kFwd ? built_size(p) == 256 : built_size(p) <= 96;
   if (has_sm90_tiles && smem >= max_smem_bytes(Arch::kSm90)) return Arch::kSm90;
   return smem >= max_smem_bytes(Arch::kSm80) ? Arch::kSm80 : Arch::kSm89;
 }

@@ -94,7 +94,7 @@ void test_shared_memory() {
     for (const int head_dim : {64, 96, 128, 192, 256}) {
       p.family = family;
       p.head_dim = p.head_dim_v = head_dim;
-      const bool own_tiles = family == Family::kFwd && head_dim == 256;
+      const bool own_tiles = family == Family::kFwd ? head_dim == 256 : head_dim <= 96;
       for (const auto& [kb, tiles] :
            {std::pair(227, own_tiles ? Arch::kSm90 : Arch::kSm80), std::pair(226, Arch::kSm80),
             std::pair(163, Arch::kSm80), std::pair(162, Arch::kSm89), std::pair(99, Arch::kSm89)}) {

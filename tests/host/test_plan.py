@@ -130,13 +130,10 @@ def test_attention_on_each_device(introspect: ModuleType, device: str, family: s
         plan = introspect.make_plan(fields, device, ["sm80"])
         assert plan["kernel"] == f"sm80_{family}_hdim{head_dim}_{dtype}"
         tiles = "sm80" if smem_kb >= 163 else "sm89"
-        if smem_kb >= 227 and family == "fwd" and head_dim == 256:
-            tiles = "sm90"  # one size has tiles for that much
+        if smem_kb >= 227 and (head_dim == 256 if family == "fwd" else head_dim <= 96):
+            tiles = "sm90"  # some sizes have tiles for that much
         assert (plan["library"], plan["tiles"]) == ("_sm80", tiles)
-        if family == "fwd":
-            tile = introspect.sm80_fwd_tile_config(tiles, head_dim)
-        else:
-            tile = introspect.bwd_tile_config(tiles, head_dim, False)
+        tile = getattr(introspect, f"sm80_{family}_tile_config")(tiles, head_dim)
         assert plan["tile"] == (tile["tile_m"], tile["tile_n"])
         assert plan["num_threads"] == tile["num_threads"]
         assert plan["smem_bytes"] == tile["smem_bytes"] <= smem_kb * 1024
