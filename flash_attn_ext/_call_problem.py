@@ -179,6 +179,7 @@ def _attention_problem(form: str, call: dict[str, Any], dtype: str) -> Problem:
         "softcap": call["softcap"] != 0,
         "alibi": call["alibi_slopes"] is not None,
         "dropout": call.get("dropout_p", 0.0) > 0,
+        "positive_scale": call["softmax_scale"] is None or call["softmax_scale"] > 0,
         "deterministic": call.get("deterministic", False),
         "num_splits": call.get("num_splits", 0),
         "alignment_bytes": _alignment((q, k, v)),

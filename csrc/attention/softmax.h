@@ -20,6 +20,39 @@ namespace fa {
 template <class T>
 constexpr float kMaxWeightLog2 = std::is_same_v<T, __half> ? 1.f : 8.f;
 
+// How the lanes that hold parts of the same rows agree, beyond the quad: any() is true for all of
+// them if it is for one; combine() replaces each row's value, which the quad shares already, by
+// that over all parts.
+
+// All keys of a row in one warp.
+struct RowsOfWarp {
+  FA_DEVICE bool any(bool predicate) const { return __any_sync(0xffffffffu, predicate); }
+  template <int kRows, class Combine>
+  FA_DEVICE void combine(float (&)[kRows], Combine) const {}
+};
+
+// Two warps, each with half of the keys of the same rows.
+struct RowsOfPair {
+  int barrier;    // named barrier of the pair
+  int part;       // 0 or 1
+  float* buffer;  // [2, rows of the pair], in shared memory
+
+  FA_DEVICE bool any(bool predicate) const {
+    return ptx::bar_red_or(barrier, 2 * kWarpSize, predicate);
+  }
+  // The buffer is free again when both have met at the barrier once more, as any() does.
+  template <int kRows, class Combine>
+  FA_DEVICE void combine(float (&values)[kRows], Combine combine_two) const {
+    const int lane = threadIdx.x % kWarpSize;
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) buffer[(part * kRows + r) * 8 + lane / 4] = values[r];
+    ptx::bar_sync(barrier, 2 * kWarpSize);  // both halves are written
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r)
+      values[r] = combine_two(values[r], buffer[((1 - part) * kRows + r) * 8 + lane / 4]);
+  }
+};
+
 // Weights are 2^(scale_log2 (score - row_max)); scale_log2 > 0 is passed to each call, because a
 // kernel that has it as a parameter spends no register on it.
 //
@@ -54,7 +87,52 @@ struct OnlineSoftmax {
       tile_max[r] = high;
       moves |= (high - row_max[r]) * scale_log2 > kMaxWeightLog2<T>;  // false for -inf - -inf
     }
-    if (rows.any(moves)) move_reference(tile_max, acc_o, scale_log2, rows);
+    if (rows.any(moves)) {
+      float factor[kRows];
+      move_reference(tile_max, factor, scale_log2, rows);
+      rescale(acc_o, factor);
+    }
+    weigh(acc_s, scale_log2);
+  }
+
+  // step() in parts, for a kernel whose acc_o is still being added to. True, for the whole warp, if
+  // the reference moves: acc_o is to be multiplied by `factor` before the block's products join it.
+  // threshold: kMaxWeightLog2 / scale_log2.
+  template <int kN>
+  FA_DEVICE bool follow(const AccumTile<kM, kN>& acc_s, float scale_log2, float threshold,
+                        float (&factor)[kRows]) {
+    // As integers, floats above a limit >= 0 compare like floats, and one instruction takes the
+    // maximum of three. Rows with a limit below 0 send the warp to the exact path.
+    bool moves = false;
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      int high = __float_as_int(acc_s.x[r / 2][0][r % 2 * 2]);
+      FA_UNROLL
+      for (int n = 0; n < kN; ++n) {
+        high = max(max(high, __float_as_int(acc_s.x[r / 2][n][r % 2 * 2])),
+                   __float_as_int(acc_s.x[r / 2][n][r % 2 * 2 + 1]));
+      }
+      const float limit = row_max[r] + threshold;
+      moves |= __int_as_float(high) > limit || limit < 0.f;
+    }
+    if (!__any_sync(0xffffffffu, moves)) return false;
+    float tile_max[kRows];
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      float high = acc_s.x[r / 2][0][r % 2 * 2];
+      FA_UNROLL
+      for (int n = 0; n < kN; ++n) {
+        high = fmaxf(high, fmaxf(acc_s.x[r / 2][n][r % 2 * 2], acc_s.x[r / 2][n][r % 2 * 2 + 1]));
+      }
+      tile_max[r] = high;
+    }
+    move_reference(tile_max, factor, scale_log2, RowsOfWarp{});
+    return true;
+  }
+
+  // Scores become weights.
+  template <int kN>
+  FA_DEVICE void weigh(AccumTile<kM, kN>& acc_s, float scale_log2) {
     FA_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const float offset = -finite_max(row_max[r]) * scale_log2;
@@ -66,6 +144,18 @@ struct OnlineSoftmax {
           weight = ptx::ex2_approx_ftz(fmaf(weight, scale_log2, offset));
           row_sum[r] += weight;
         }
+      }
+    }
+  }
+
+  template <int kD>
+  static FA_DEVICE void rescale(AccumTile<kM, kD>& acc_o, const float (&factor)[kRows]) {
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FA_UNROLL
+      for (int d = 0; d < kD; ++d) {
+        acc_o.x[r / 2][d][r % 2 * 2] *= factor[r];
+        acc_o.x[r / 2][d][r % 2 * 2 + 1] *= factor[r];
       }
     }
   }
@@ -89,9 +179,10 @@ struct OnlineSoftmax {
   }
 
  private:
-  template <int kD, class Rows>
-  FA_DEVICE void move_reference(float (&tile_max)[kRows], AccumTile<kM, kD>& acc_o,
-                                float scale_log2, const Rows& rows) {
+  // The new reference, row_sum relative to it, and what acc_o is to be multiplied by.
+  template <class Rows>
+  FA_DEVICE void move_reference(float (&tile_max)[kRows], float (&factor)[kRows], float scale_log2,
+                                const Rows& rows) {
     FA_UNROLL
     for (float& high : tile_max) {
       high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 1));
@@ -101,48 +192,10 @@ struct OnlineSoftmax {
     FA_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const float high = fmaxf(tile_max[r], row_max[r]);
-      const float factor = ptx::ex2_approx_ftz((row_max[r] - finite_max(high)) * scale_log2);
+      factor[r] = ptx::ex2_approx_ftz((row_max[r] - finite_max(high)) * scale_log2);
       row_max[r] = high;
-      row_sum[r] *= factor;
-      FA_UNROLL
-      for (int d = 0; d < kD; ++d) {
-        acc_o.x[r / 2][d][r % 2 * 2] *= factor;
-        acc_o.x[r / 2][d][r % 2 * 2 + 1] *= factor;
-      }
+      row_sum[r] *= factor[r];
     }
-  }
-};
-
-// How the lanes that hold parts of the same rows agree, beyond the quad: any() is true for all of
-// them if it is for one; combine() replaces each row's value, which the quad shares already, by
-// that over all parts.
-
-// All keys of a row in one warp.
-struct RowsOfWarp {
-  FA_DEVICE bool any(bool predicate) const { return __any_sync(0xffffffffu, predicate); }
-  template <int kRows, class Combine>
-  FA_DEVICE void combine(float (&)[kRows], Combine) const {}
-};
-
-// Two warps, each with half of the keys of the same rows.
-struct RowsOfPair {
-  int barrier;    // named barrier of the pair
-  int part;       // 0 or 1
-  float* buffer;  // [2, rows of the pair], in shared memory
-
-  FA_DEVICE bool any(bool predicate) const {
-    return ptx::bar_red_or(barrier, 2 * kWarpSize, predicate);
-  }
-  // The buffer is free again when both have met at the barrier once more, as any() does.
-  template <int kRows, class Combine>
-  FA_DEVICE void combine(float (&values)[kRows], Combine combine_two) const {
-    const int lane = threadIdx.x % kWarpSize;
-    FA_UNROLL
-    for (int r = 0; r < kRows; ++r) buffer[(part * kRows + r) * 8 + lane / 4] = values[r];
-    ptx::bar_sync(barrier, 2 * kWarpSize);  // both halves are written
-    FA_UNROLL
-    for (int r = 0; r < kRows; ++r)
-      values[r] = combine_two(values[r], buffer[((1 - part) * kRows + r) * 8 + lane / 4]);
   }
 };
 

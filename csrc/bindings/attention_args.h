@@ -74,6 +74,7 @@ inline Problem attention_problem(Family family, const AttentionArgs& a) {
   p.softcap = a.scores.softcap != 0.;
   p.alibi = a.scores.alibi_slopes.has_value();
   p.dropout = keep_threshold(a.scores.dropout_p) < 256;
+  p.positive_scale = static_cast<float>(a.scores.softmax_scale) > 0.f;
   return p;
 }
 
@@ -132,6 +133,7 @@ void fill_common(Params& p, const AttentionArgs& a, const Problem& problem, cons
   p.head_dim = round_up(problem.head_dim, kHeadDimStep);
   p.head_dim_v = round_up(problem.head_dim_v, kHeadDimStep);
   p.total_q = problem.varlen ? problem.total_q : batch_size * problem.seqlen_q;
+  p.total_k = problem.varlen ? problem.total_k : batch_size * problem.seqlen_k;
   p.dtype = problem.dtype;
   p.tiles = plan.tiles;
 }

@@ -82,6 +82,8 @@ const std::map<std::string, Setter>& problem_fields() {
       {"softcap", set_field<&Problem::softcap>},
       {"alibi", set_field<&Problem::alibi>},
       {"dropout", set_field<&Problem::dropout>},
+      {"dmask", set_field<&Problem::dmask>},
+      {"positive_scale", set_field<&Problem::positive_scale>},
       {"deterministic", set_field<&Problem::deterministic>},
       {"num_splits", set_field<&Problem::num_splits>},
       {"rotary_dim", set_field<&Problem::rotary_dim>},
@@ -296,9 +298,7 @@ void define_tiles(py::module_& m) {
   m.def("sm80_fwd_tile_config", [=](const std::string& gpu, int head_dim) {
     return fwd_tile_dict(Arch::kSm80, sm80_fwd_tile_config(parse_arch(gpu), head_dim), head_dim);
   });
-  m.def("bwd_tile_config", [=](const std::string& arch_text, int head_dim, bool bordered) {
-    const Arch arch = parse_arch(arch_text);
-    const BwdTileConfig c = bwd_tile_config(arch, head_dim, mask_kind(bordered));
+  const auto bwd_tile_dict = [](Arch arch, const BwdTileConfig& c, int head_dim) {
     const int built = built_head_dim(head_dim);
     return py::dict(
         py::arg("tile_m") = c.tile_m, py::arg("tile_n") = c.tile_n,
@@ -308,6 +308,13 @@ void define_tiles(py::module_& m) {
         py::arg("num_threads") = bwd_num_threads(arch, c),
         py::arg("smem_bytes") = bwd_smem_bytes(c, built),
         py::arg("accum_regs") = bwd_accum_regs(c, built));
+  };
+  m.def("bwd_tile_config", [=](const std::string& arch_text, int head_dim, bool bordered) {
+    const Arch arch = parse_arch(arch_text);
+    return bwd_tile_dict(arch, bwd_tile_config(arch, head_dim, mask_kind(bordered)), head_dim);
+  });
+  m.def("sm80_bwd_tile_config", [=](const std::string& gpu, int head_dim) {
+    return bwd_tile_dict(Arch::kSm80, sm80_bwd_tile_config(parse_arch(gpu), head_dim), head_dim);
   });
 }
 

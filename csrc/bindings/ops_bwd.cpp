@@ -67,7 +67,6 @@ Gradients launch_bwd(const PlannedKernel& kernel, const BwdArgs& args, const Pro
   }
   BwdParams p{};
   fill_common(p, a, problem, kernel.plan);
-  p.total_k = problem.varlen ? problem.total_k : problem.batch_size * problem.seqlen_k;
   p.sm_margin = to_int("sm_margin", args.sm_margin);
 
   const Tensor lse = args.lse.is_contiguous() ? args.lse : torch::stable::contiguous(args.lse);

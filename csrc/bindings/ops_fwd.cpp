@@ -31,6 +31,7 @@ struct FwdKernel {
 FwdKernel plan_fwd(const FwdArgs& args) {
   Problem problem = attention_problem(Family::kFwd, args.attention);
   problem.num_splits = to_int("num_splits", args.num_splits);
+  problem.dmask = args.return_dmask;
   return {problem, plan_kernel(problem, args.attention.device_index())};
 }
 
@@ -77,6 +78,10 @@ std::tuple<Tensor, Tensor> launch_fwd(const FwdKernel& kernel, const FwdArgs& ar
   p.k_strides = strides_of(k);
   p.v_strides = strides_of(v);
   p.out_strides = strides_of(written);
+  const int64_t workspace_bytes = kernel.planned.plan.workspace_bytes;
+  const Tensor workspace =
+      new_tensor(a.q, {workspace_bytes / int64_t{sizeof(int)}}, ScalarType::Int);
+  if (workspace_bytes > 0) p.next_tile = static_cast<int*>(workspace.data_ptr());
   const Backend& backend = *kernel.planned.backend;
   launch(backend, backend.fwd, p, a.device_index());
   store_rows(written, out);

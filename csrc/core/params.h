@@ -15,7 +15,7 @@ namespace fa {
 
 // Raised with every change of a struct below or of core/backend.h: a library built from other
 // sources is refused instead of being called with the wrong layout.
-constexpr uint32_t kKernelAbiVersion = 2;
+constexpr uint32_t kKernelAbiVersion = 3;
 
 // Strides of a [batch, token, head, dim] tensor, elements. Varlen ([total, head, dim]): batch == 0.
 struct Strides {
@@ -36,13 +36,15 @@ struct ScoreParams {
 
 // Attention forward: out = softmax(q k^T) v and lse.
 struct FwdParams {
-  const void* q;  // [batch_size, seqlen_q, num_heads_q, head_dim], or [total_q, ...]
-  const void* k;  // [batch_size, seqlen_k, num_heads_kv, head_dim], or [total_k, ...]
-  const void* v;  // [batch_size, seqlen_k, num_heads_kv, head_dim_v], or [total_k, ...]
-  void* out;      // [batch_size, seqlen_q, num_heads_q, head_dim_v], or [total_q, ...]
-  float* lse;     // [batch_size, num_heads_q, seqlen_q], or [num_heads_q, total_q]; contiguous
-  void* dmask;    // [batch_size, num_heads_q, dmask_rows, dmask_cols], dtype, contiguous, zeroed;
-                  // nullptr: not asked for
+  const void* q;   // [batch_size, seqlen_q, num_heads_q, head_dim], or [total_q, ...]
+  const void* k;   // [batch_size, seqlen_k, num_heads_kv, head_dim], or [total_k, ...]
+  const void* v;   // [batch_size, seqlen_k, num_heads_kv, head_dim_v], or [total_k, ...]
+  void* out;       // [batch_size, seqlen_q, num_heads_q, head_dim_v], or [total_q, ...]
+  float* lse;      // [batch_size, num_heads_q, seqlen_q], or [num_heads_q, total_q]; contiguous
+  void* dmask;     // [batch_size, num_heads_q, dmask_rows, dmask_cols], dtype, contiguous, zeroed;
+                   // nullptr: not asked for
+  int* next_tile;  // [1], what the CTAs of a persistent kernel count tiles with; nullptr: the plan
+                   // has no workspace
 
   Strides q_strides, k_strides, v_strides, out_strides;
   SeqlenArgs seqlens_q, seqlens_k;
@@ -50,7 +52,7 @@ struct FwdParams {
 
   int batch_size, num_heads_q, num_heads_kv;
   int head_dim, head_dim_v;  // multiples of 8; rows start at multiples of 16 bytes
-  int total_q;               // rows of q and out in all; fixed length: batch_size * seqlen_q
+  int total_q, total_k;      // rows in all; fixed length: batch_size * seqlen
   int dmask_rows, dmask_cols;
   int sm_margin;  // SMs that a persistent kernel leaves free
   DType dtype;

@@ -32,6 +32,15 @@ FA_HD constexpr SeqlenInfo seqlen_info(SeqlenArgs args, int batch) {
           static_cast<int64_t>(begin) + leftpad};
 }
 
+// The same for kernels that write every row of a varlen tensor of `total` rows: what lies behind
+// the last sequence counts as sequence batch_size, whose rows exist and do not attend.
+FA_HD constexpr SeqlenInfo seqlen_info_or_rest(SeqlenArgs args, int batch, int batch_size,
+                                               int total) {
+  if (batch < batch_size) return seqlen_info(args, batch);
+  const int begin = args.cu_seqlens ? args.cu_seqlens[batch_size] : total;
+  return {0, max(total - begin, 0), 0, static_cast<int64_t>(begin)};
+}
+
 // Element where (batch, row, head) begins in a [batch, row, head, dim] tensor with these strides
 // (elements). Varlen tensors have no batch dimension: batch_stride is 0.
 FA_HD constexpr int64_t element_offset(int64_t batch_stride, int64_t row_stride,

@@ -32,6 +32,17 @@ struct FwdTileConfig {
                           // columns of O; P goes through shared memory
 };
 
+FA_HD constexpr bool same_tile(FwdTileConfig a, FwdTileConfig b) {
+  return a.tile_m == b.tile_m && a.tile_n == b.tile_n && a.num_stages == b.num_stages &&
+         a.num_q_stages == b.num_q_stages && a.num_warps == b.num_warps &&
+         a.q_in_regs == b.q_in_regs && a.warps_per_row == b.warps_per_row;
+}
+
+// The rows of the table for a mask; SM90 has some for each.
+FA_HD constexpr MaskKind mask_kind(int window_left, int window_right) {
+  return window_left >= 0 || window_right >= 0 ? MaskKind::kBordered : MaskKind::kFull;
+}
+
 // SM80 and SM89: warp w owns 16-row bands, tile_m / num_warps rows in all; P stays in registers.
 // SM90: every consumer warpgroup owns 64 rows; P stays in registers.
 FA_HD constexpr FwdTileConfig fwd_tile_config(Arch arch, int head_dim, MaskKind mask) {
@@ -71,15 +82,17 @@ FA_HD constexpr FwdTileConfig fwd_tile_config(Arch arch, int head_dim, MaskKind 
     case Arch::kSm90:
       switch (built) {
         // Four warpgroups hide the exponentials, which take as long as the products here. tile_n 80
-        // does not compile without serialised wgmma at the 112 registers they get. 96 KB.
-        case 64:  return {256,  64, 4, 1, 16, false};
+        // does not compile without serialised wgmma at the 112 registers they get. Two Q stages
+        // (128 KB) are 1 to 4 % faster than one.
+        case 64:  return {256,  64, 4, 2, 16, false};
         // Two warpgroups: three need P in shared memory, beyond its bandwidth. 168 KB; bordered
         // 120 KB.
         case 96:  return full ? FwdTileConfig{128, 192, 2, 1, 8, false}
                               : FwdTileConfig{128, 128, 2, 1, 8, false};
         // Full: three warpgroups read each key once for 192 rows; tile_n 96 serialises at 160
-        // registers; the third stage fits (168 KB). Bordered: 128 wide so that the diagonal
-        // wastes little, two Q stages so that the next tile starts early (192 KB).
+        // registers; the third stage fits (168 KB); a second Q stage is 2 to 3 % slower from 8k
+        // on. Bordered: 128 wide so that the diagonal wastes little, two Q stages so that the next
+        // tile starts early (192 KB).
         case 128: return full ? FwdTileConfig{192,  80, 3, 1, 12, false}
                               : FwdTileConfig{128, 128, 2, 2,  8, false};
         // 216 KB of 227: 128 keys would need 240 KB.
@@ -145,7 +158,7 @@ FA_HD constexpr WarpgroupRegisters warpgroup_registers(int num_consumer_warpgrou
     case 1: return {kMaxRegistersPerThread, 56, 256};
     case 2: return {168, 24, 240};
     case 3: return {128, 32, 160};
-    case 4: return {96, 24, 112};
+    case 4: return {96, 32, 112};
   }
   return {0, 0, 0};
 }
@@ -167,22 +180,26 @@ FA_HD constexpr BwdTileConfig bwd_tile_config(Arch arch, int head_dim, MaskKind 
   const bool full = mask == MaskKind::kFull;
   // clang-format off
   switch (arch) {
-    case Arch::kSm80:  // P and dS each have a buffer: num_ds_stages = 2
+    // Half of the warps own dV, the other half dK, tile_n / (num_warps / 2) keys to a warp: the
+    // more keys, the less shared memory traffic. P and dS share a buffer, of which there are two.
+    case Arch::kSm80:
       switch (built) {
-        case 64:  return {128, 128, 2, 1, 2, 8, false, false};  // 144 KB
-        case 96:  return { 64, 128, 2, 1, 2, 8, false, false};  // 116 KB; 128 rows need 184 KB
-        case 128: return { 64, 128, 2, 1, 2, 8, false, false};  // 144 KB
-        case 192: return { 64,  64, 2, 1, 2, 8, false, false};  // 136 KB; 128 keys need 256 regs
-        case 256: return { 64,  64, 1, 1, 2, 8, false, false};  // 144 KB; a second Q needs 176 KB
+        // 160 KB. 32 keys and 64 queries a warp, twice a step; 64 x 128 is 10 % slower on an H100.
+        case 64:  return {128, 128, 2, 2, 2, 8, false, false};
+        case 96:  return { 64, 128, 2, 2, 2, 8, false, false};  // 128 KB; 128 rows need 208 KB
+        case 128: return { 64, 128, 2, 2, 2, 8, false, false};  // 160 KB
+        case 192: return { 64,  64, 2, 2, 2, 8, false, false};  // 160 KB; 128 keys: 192 regs
+        // 136 KB. 64 rows fit with one stage only, and waiting for it costs 8 % on an H100.
+        case 256: return { 32,  64, 2, 2, 2, 8, false, false};
       }
       break;
-    case Arch::kSm89:
+    case Arch::kSm89:  // one CTA to an SM of 100 KB, so 8 warps where two stages of 32 keys fit
       switch (built) {
-        case 64:  return { 64, 128, 2, 1, 2, 8, false, false};  // 88 KB; 128 rows need 144 KB
-        case 96:  return { 64, 128, 1, 1, 2, 8, true,  false};  // 80 KB; V's buffer would make 104
-        case 128: return { 64,  64, 2, 1, 2, 8, false, false};  // 96 KB; 128 keys need 144 KB
-        case 192: return { 64,  64, 1, 1, 2, 8, true,  false};  // 88 KB; V's buffer would make 112
-        case 256: return { 64,  32, 1, 1, 2, 8, true,  false};  // 88 KB; 64 keys need 112 KB
+        case 64:  return { 64, 128, 2, 2, 2, 8, false, false};  // 96 KB
+        case 96:  return { 64,  64, 2, 2, 2, 8, false, false};  // 88 KB; 128 keys need 128 KB
+        case 128: return { 32,  64, 2, 2, 2, 8, false, false};  // 72 KB; 64 rows need 112 KB
+        case 192: return { 32,  64, 1, 1, 2, 8, false, false};  // 80 KB; two stages need 104 KB
+        case 256: return { 32,  32, 1, 1, 2, 4, false, false};  // 68 KB; a warp needs 16 keys
       }
       break;
     case Arch::kSm90:
@@ -206,8 +223,13 @@ FA_HD constexpr BwdTileConfig bwd_tile_config(Arch arch, int head_dim, MaskKind 
   return {0, 0, 0, 0, 0, 0, false, false};
 }
 
-// The tiles of SM80's kernels on a GPU with the shared memory of `gpu`'s.
+// The tiles of SM80's kernels on a GPU with the shared memory of `gpu`'s. kSm90: two CTAs of 4
+// warps hide the begin and the end of each other, 8 % at d 64 and 5 % at d 96 on an H100; else the
+// same as kSm80, whose shared memory holds one of them only.
 FA_HD constexpr BwdTileConfig sm80_bwd_tile_config(Arch gpu, int head_dim) {
+  const int built = built_head_dim(head_dim);
+  if (gpu == Arch::kSm90 && built == 64) return {64, 128, 2, 2, 2, 4, false, false};  // 96 KB
+  if (gpu == Arch::kSm90 && built == 96) return {64, 64, 2, 2, 2, 4, false, false};   // 88 KB
   return bwd_tile_config(gpu == Arch::kSm90 ? Arch::kSm80 : gpu, head_dim, MaskKind::kFull);
 }
 
@@ -220,6 +242,11 @@ FA_HD constexpr int bwd_smem_bytes(BwdTileConfig c, int head_dim) {
   return 2 * (kept + streamed + ds + dq);
 }
 constexpr int kBwdBarrierBytes = 1024;
+
+// SM80: LSE and delta of the rows of a step, fp32, two stages.
+FA_HD constexpr int bwd_statistics_bytes(BwdTileConfig c) {
+  return 2 * 2 * 4 * c.tile_m;
+}
 
 FA_HD constexpr int bwd_num_threads(Arch arch, BwdTileConfig c) {
   return c.num_warps * kWarpSize + (arch == Arch::kSm90 ? kWarpgroupSize : 0);
@@ -247,7 +274,8 @@ FA_HD constexpr bool fwd_config_fits(Arch arch, FwdTileConfig c, int head_dim) {
 FA_HD constexpr bool bwd_config_fits(Arch arch, BwdTileConfig c, int head_dim) {
   const bool sm90 = arch == Arch::kSm90;
   const bool tiles = c.tile_m > 0 && c.tile_m % 16 == 0 && c.tile_n % 16 == 0;
-  const int smem = bwd_smem_bytes(c, head_dim) + (sm90 ? kBwdBarrierBytes : 0);
+  const int smem =
+      bwd_smem_bytes(c, head_dim) + (sm90 ? kBwdBarrierBytes : bwd_statistics_bytes(c));
   const int max_regs = sm90 ? warpgroup_registers(c.num_warps / 4).consumer - 16 : 200;
   return tiles && smem <= max_smem_bytes(arch) && bwd_accum_regs(c, head_dim) <= max_regs;
 }

@@ -4,6 +4,7 @@
 // Order: longest first. Under a causal mask the last m_block visits most keys, so it is issued
 // first and the short tiles fill the gaps at the end.
 #pragma once
+#include "core/fast_div.h"
 #include "core/host_device.h"
 
 namespace fa {
@@ -46,6 +47,31 @@ FA_HD constexpr TileCoord tile_coord_grouped(TileGrid grid, int64_t tile, bool l
           static_cast<int>(head_batch % grid.num_heads),
           static_cast<int>(head_batch / grid.num_heads)};
 }
+
+// tile_coord_grouped with its divisions prepared before the launch; fewer than 2^31 tiles.
+struct TileOrder {
+  TileGrid grid;
+  bool longest_first;
+  FastDiv tiles_per_group, group_size, last_group_size, num_heads;
+
+  // The grid is not empty.
+  static FA_HD constexpr TileOrder of(TileGrid grid, bool longest_first, int group_size) {
+    const int pairs = grid.num_heads * grid.batch_size;
+    const int group = min(group_size, pairs), last = pairs - (pairs - 1) / group * group;
+    return {grid,           longest_first, FastDiv(group * grid.num_m_blocks),
+            FastDiv(group), FastDiv(last), FastDiv(grid.num_heads)};
+  }
+
+  FA_HD constexpr TileCoord coord(int tile) const {
+    const QuotientRemainder group = divide(tile, tiles_per_group);
+    const int first = group.quotient * group_size.divisor();
+    const bool is_last = first + group_size.divisor() >= grid.num_heads * grid.batch_size;
+    const QuotientRemainder block = divide(group.remainder, is_last ? last_group_size : group_size);
+    const QuotientRemainder pair = divide(first + block.remainder, num_heads);
+    return {longest_first ? grid.num_m_blocks - 1 - block.quotient : block.quotient, pair.remainder,
+            pair.quotient};
+  }
+};
 
 // Pairs (head, batch) whose keys and values fill l2_bytes: a group for tile_coord_grouped. A power
 // of two, at least 1; heads of one KV head share their bytes.
@@ -92,5 +118,6 @@ FA_HD constexpr TileCoord varlen_tile_coord(const int* cu_seqlens, int batch_siz
 
 static_assert(tile_coord({4, 2, 3}, 0, true).m_block == 3);
 static_assert(tile_coord({4, 2, 3}, 23, true).m_block == 0);
+static_assert(TileOrder::of({4, 2, 3}, true, 4).coord(23).m_block == 0);
 
 }  // namespace fa

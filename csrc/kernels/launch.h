@@ -1,4 +1,4 @@
-// Launch helpers of the kernels that need more shared memory than a CTA has without asking.
+// Launch helpers: shared memory beyond what a CTA has without asking, and the size of the GPU.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -19,6 +19,15 @@ cudaError_t allow_dynamic_smem(int smem_bytes) {
   error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
   if (error == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
   return error;
+}
+
+// Multiprocessors of the current device.
+inline cudaError_t num_multiprocessors(int& number) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error != cudaSuccess
+             ? error
+             : cudaDeviceGetAttribute(&number, cudaDevAttrMultiProcessorCount, device);
 }
 
 }  // namespace fa

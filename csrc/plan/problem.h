@@ -44,6 +44,8 @@ struct Problem {
   bool softcap = false;
   bool alibi = false;
   bool dropout = false;
+  bool dmask = false;          // fwd: the probabilities are asked for
+  bool positive_scale = true;  // softmax_scale > 0
   bool deterministic = false;
 
   int num_splits = 0;  // fwd, decode: wanted, 0 = the plan decides; combine: partial results

@@ -116,6 +116,13 @@ void test_tile_coord() {
               CHECK(group >= last_group, "group order: tile=%d", static_cast<int>(t));
               last_group = group;
             }
+            if (grid.size() == 0) continue;
+            const TileOrder order = TileOrder::of(grid, longest_first, group_size);
+            for (int t = 0; t < grid.size(); ++t) {
+              const TileCoord a = order.coord(t), b = grouped(t);
+              CHECK(a.m_block == b.m_block && a.head == b.head && a.batch == b.batch,
+                    "TileOrder differs: tile=%d group_size=%d", t, group_size);
+            }
           }
         }
 }

@@ -7,7 +7,7 @@
 // register and immediates.
 #pragma once
 #include "core/seqlen.h"
-#include "ptx/hide.h"
+#include "ptx/opaque.h"
 #include "tile/smem_tile.h"
 
 namespace fa {
@@ -38,7 +38,7 @@ template <int kThreads, class T, class Tile>
 FA_DEVICE void load_tile_async(Tile smem, GmemRows<const T> gmem, int thread) {
   using Copy = TileCopy<Tile, kThreads>;
   // The addresses shall not be kept in registers through the caller's loop.
-  ptx::hide_value(thread);
+  thread = ptx::opaque(thread);
   const int first_row = thread / Copy::kLanes, first_chunk = thread % Copy::kLanes;
   if (first_row >= Tile::kRows) return;
   const uint32_t to = smem.chunk_address(first_row, first_chunk);

@@ -12,6 +12,7 @@ ALL = ["sm80", "sm89", "sm90"]
 ROW_FAMILIES = ("combine", "bwd_preprocess", "rotary", "append_kv")
 ATTENTION = ("fwd", "bwd")
 BUILT = (64, 96, 128, 192, 256)
+SM90_FWD = (64, 128)
 DEVICES = {
     "a100": (8, 0, 108, 163),
     "rtx3090": (8, 6, 82, 99),
@@ -77,6 +78,7 @@ def test_instances_of_this_version(introspect: ModuleType) -> None:
     expected = {
         *itertools.product(("sm80", "sm90"), ROW_FAMILIES, row_types, (0,)),
         *itertools.product(("sm80",), ATTENTION, ("fp16", "bf16"), BUILT),
+        *itertools.product(("sm90",), ("fwd",), ("fp16", "bf16"), SM90_FWD),
     }
     found = {(row["arch"], row["family"], row["dtype"], row["head_dim"]) for row in rows}
     assert found == expected
@@ -114,31 +116,70 @@ ROWS = "combine, bwd_preprocess, rotary, append_kv"
 def test_decode_has_no_kernel(introspect: ModuleType) -> None:
     sm80 = f"sm80: it has no decode kernel, only fwd, bwd, {ROWS}"
     assert reasons(introspect, problem("decode"), "a100") == [sm80]
-    sm90 = f"sm90: it has no decode kernel, only {ROWS}"
+    sm90 = f"sm90: it has no decode kernel, only fwd, {ROWS}"
     assert reasons(introspect, problem("decode"), "h100") == [sm90, sm80]
 
 
 @pytest.mark.parametrize("family", ATTENTION)
 @pytest.mark.parametrize("device", [*DEVICES])
 def test_attention_on_each_device(introspect: ModuleType, device: str, family: str) -> None:
-    """Kernels of SM80 everywhere, with the tiles that fit the device's shared memory."""
+    """Kernels of SM80 run everywhere, with the tiles that fit the device's shared memory."""
     major, minor, _, smem_kb = DEVICES[device]
     for head_dim, dtype in itertools.product(BUILT, ("fp16", "bf16")):
         fields = problem(family, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim)
-        plan = introspect.make_plan(fields, device, ALL)
+        plan = introspect.make_plan(fields, device, ["sm80"])
         assert plan["kernel"] == f"sm80_{family}_hdim{head_dim}_{dtype}"
         tiles = "sm80" if smem_kb >= 163 else "sm89"
-        if smem_kb >= 227 and family == "fwd" and head_dim == 256:
-            tiles = "sm90"  # one size has tiles for that much
+        if smem_kb >= 227 and (head_dim == 256 if family == "fwd" else head_dim <= 96):
+            tiles = "sm90"  # some sizes have tiles for that much
         assert (plan["library"], plan["tiles"]) == ("_sm80", tiles)
-        if family == "fwd":
-            tile = introspect.sm80_fwd_tile_config(tiles, head_dim)
-        else:
-            tile = introspect.bwd_tile_config(tiles, head_dim, False)
+        tile = getattr(introspect, f"sm80_{family}_tile_config")(tiles, head_dim)
         assert plan["tile"] == (tile["tile_m"], tile["tile_n"])
         assert plan["num_threads"] == tile["num_threads"]
         assert plan["smem_bytes"] == tile["smem_bytes"] <= smem_kb * 1024
         assert len(plan["reasons"]) == (major == 9 or (major, minor) == (8, 9))
+
+
+@pytest.mark.parametrize("window", [{}, {"window_right": 0}, {"window_left": 64}], ids=str)
+@pytest.mark.parametrize("head_dim", SM90_FWD)
+@pytest.mark.parametrize("device", ["h100", "h200"])
+def test_sm90_fwd(
+    introspect: ModuleType, device: str, head_dim: int, window: dict[str, int]
+) -> None:
+    """One persistent CTA to an SM at most, which count their tiles in the workspace."""
+    sizes = {"head_dim": head_dim - 24, "head_dim_v": head_dim, "seqlen_q": 1000, **window}
+    tile = introspect.fwd_tile_config("sm90", head_dim, bool(window))
+    for batch_size, varlen in itertools.product((1, 40), (False, True)):
+        fields = problem("fwd", batch_size=batch_size, varlen=varlen, total_q=3000, **sizes)
+        plan = introspect.make_plan(fields, device, ALL)
+        assert plan["kernel"] == f"sm90_fwd_hdim{head_dim}_bf16"
+        assert (plan["library"], plan["tiles"], plan["reasons"]) == ("_sm90", "sm90", [])
+        assert plan["tile"] == (tile["tile_m"], tile["tile_n"])
+        assert plan["num_threads"] == tile["num_threads"]
+        assert plan["smem_bytes"] == tile["smem_bytes"] + 1024
+        per_head = 3000 // tile["tile_m"] + batch_size + 1
+        tiles = 4 * (per_head if varlen else batch_size * -(-1000 // tile["tile_m"]))
+        assert plan["num_ctas"] == min(tiles, 132)
+        assert plan["workspace_bytes"] == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"softcap": True}, "softcap"),
+        ({"alibi": True}, "alibi"),
+        ({"dropout": True}, "dropout"),
+        ({"dmask": True}, "dmask"),
+        ({"positive_scale": False}, "softmax_scale <= 0"),
+    ],
+)
+def test_what_sm90_fwd_leaves_to_sm80(
+    introspect: ModuleType, fields: dict[str, bool], what: str
+) -> None:
+    plan = introspect.make_plan(problem("fwd", **fields), "h100", ALL)
+    assert plan["kernel"] == "sm80_fwd_hdim128_bf16"
+    assert plan["reasons"] == [f"sm90: {what}: its fwd computes plain scores only"]
+    assert plan["workspace_bytes"] == 0
 
 
 @pytest.mark.parametrize("family", ATTENTION)

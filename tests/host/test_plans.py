@@ -59,9 +59,20 @@ def test_forward_on_h100(with_introspect: ModuleType) -> None:
         """\
 flash_attn_func on h100 (compute capability 9.0, 132 SMs, 227 KB of shared memory a CTA)
   q [2, 4096, 32, 128], k [2, 4096, 8, 128], v [2, 4096, 8, 128], bf16, causal
-  fwd: kernel sm80_fwd_hdim128_bf16 of _sm80, tile M x N, C CTAs and S B of shared memory
-    - sm90: it has no fwd kernel, only combine, bwd_preprocess, rotary, append_kv""",
+  fwd: kernel sm90_fwd_hdim128_bf16 of _sm90, tile M x N, C CTAs and S B of shared memory, \
+workspace 4 B""",
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "what"), [({"softcap": 3.0}, "softcap"), ({"softmax_scale": -0.1}, "softmax_scale")]
+)
+def test_forward_on_h100_that_sm80_computes(
+    with_introspect: ModuleType, options: dict[str, float], what: str
+) -> None:
+    found = explain(Q, KV, KV, arch="h100", **options)
+    assert found.kernel == "sm80_fwd_hdim128_bf16"
+    assert found.reasons[0].startswith(f"sm90: {what}")
 
 
 def test_backward_on_rtx4090(with_introspect: ModuleType) -> None:
@@ -205,6 +216,7 @@ def test_problem_of_every_option(planned: PlannedEverything) -> None:
         "softcap": True,
         "alibi": True,
         "dropout": True,
+        "positive_scale": True,
         "deterministic": True,
         "num_splits": 7,
         "alignment_bytes": 16,
@@ -322,7 +334,7 @@ def test_less_shared_memory(with_introspect: ModuleType, monkeypatch: pytest.Mon
     assert "99 KB of shared memory a CTA" in found.device
     assert found.notes == ("FLASH_ATTN_EXT_SMEM_KB leaves a CTA 99 KB at most",)
     monkeypatch.setenv("FLASH_ATTN_EXT_SMEM_KB", "500")  # never more than the device has
-    assert explain(Q, KV, KV, arch="h100").attention.tiles == "sm80"
+    assert explain(Q, KV, KV, arch="h100").attention.tiles == "sm90"
     for text in ("99KB", "0", "-1", "4096"):
         monkeypatch.setenv("FLASH_ATTN_EXT_SMEM_KB", text)
         with pytest.raises(ValueError, match=f"FLASH_ATTN_EXT_SMEM_KB={text}: expected"):
@@ -369,6 +381,7 @@ def test_bad_arguments(
         explain(*args, **options)
 
 
+SM90_FORWARD = ("fp16", "bf16", "head_dim 64", "causal", "window", "GQA", "varlen")
 ARCHS = ["sm80", "sm86", "sm89", "sm90", "sm100", "sm120"]
 
 
@@ -385,8 +398,9 @@ def test_support_table(with_introspect: ModuleType) -> None:
         ):
             assert found == ["PyTorch"] * 6, row
         else:
-            newest = [arch == "sm90" and not attention for arch in ARCHS]
-            assert found == ["_sm90" if own else "_sm80" for own in newest], row
+            own = SM90_FORWARD if row["family"] == "fwd" else not attention and row["feature"]
+            newest = [arch == "sm90" and bool(own) and row["feature"] in own for arch in ARCHS]
+            assert found == ["_sm90" if is_own else "_sm80" for is_own in newest], row
 
 
 def test_support_markdown(with_introspect: ModuleType) -> None:

@@ -1,6 +1,6 @@
 """Random problems over the whole option space in 16 bits, values and gradients against fp64.
 
-On a GPU 2,500 problems for the kernels, each with one of the sets of tiles; on the CPU a few dozen
+On a GPU 2,500 problems for the kernels, each with one of the sets of tiles; on the CPU a dozen
 for the tiled backend (test_tiled_sweep.py tests that in fp64). Sizes are small and lengths often at
 the edge of a tile: mistakes are there. With FLASH_ATTN_EXT_TEST_SEED=n every problem is another.
 """
@@ -20,7 +20,7 @@ from tensor_layouts import LAYOUTS
 
 CHUNKS = 25
 PROBLEMS_PER_CHUNK = 100
-PROBLEMS_ON_CPU = 40
+PROBLEMS_ON_CPU = 12
 TILES = {**VARIANTS, "a100": A100}
 
 

@@ -19,6 +19,7 @@
 #include "attention/apply_mask.h"
 #include "attention/score_mod.h"
 #include "attention/softmax.h"
+#include "core/lse_rows.h"
 #include "core/mask.h"
 #include "core/params.h"
 #include "core/tile_config.h"
@@ -74,13 +75,6 @@ FA_DEVICE FwdWork fwd_work(const FwdParams& p, const FwdLaunch& launch) {
   work.k = row_of<T>(p.k, p.k_strides, work.tile.batch, work.k_seq.first_row, head_kv);
   work.v = row_of<T>(p.v, p.v_strides, work.tile.batch, work.k_seq.first_row, head_kv);
   return work;
-}
-
-// Where lse of row 0 of a sequence lies.
-FA_DEVICE float* lse_rows(const FwdParams& p, int batch, int head, int64_t first_row) {
-  if (p.seqlens_q.cu_seqlens != nullptr)
-    return p.lse + static_cast<int64_t>(head) * p.total_q + first_row;
-  return p.lse + (static_cast<int64_t>(batch) * p.num_heads_q + head) * p.seqlens_q.max_seqlen;
 }
 
 // Varlen: a CTA without a tile writes out = 0, lse = -inf for its share of the rows behind the last

@@ -1,0 +1,575 @@
+// FlashAttention forward for Hopper: TMA copies, wgmma products, one persistent CTA to an SM.
+//
+// A CTA takes one tile after the other: tile_m rows of O of one (head, batch). One thread of the
+// producer warpgroup decides which and starts its copies; each consumer warpgroup computes 64 rows:
+//   for n_block = last ... first:  S = Q K^T;  meanwhile O += P V of the block before;
+//                                  mask(S);  P = softmax weights of S
+// Memory: per warpgroup num_q_stages of smem_q [64, head_dim], then num_stages of smem_k and of
+// smem_v [tile_n, head_dim], all in slabs of 64 columns with 128-byte swizzle (SwizzledTile).
+// Barriers: a Pipeline each for K, V, Q and the tiles themselves. With three
+// consumer warpgroups they issue S = Q K^T in turns, so that the products of one run while the
+// others compute weights.
+// Rows past the end of a sequence may hold anything, also NaN: K's are masked, V's are overwritten
+// with zeros in shared memory, Q's lead to rows that are not stored.
+// Tiles: core/tile_config.h. Numbers: docs/performance/sm90_forward.md. Algorithm:
+// FlashAttention-3, arXiv:2407.08608, algorithm 2, with the lazy rescaling of attention/softmax.h.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "attention/apply_mask.h"
+#include "attention/softmax.h"
+#include "core/lse_rows.h"
+#include "core/mask.h"
+#include "core/params.h"
+#include "core/tile_config.h"
+#include "core/tile_scheduler.h"
+#include "kernels/launch.h"
+#include "kernels/tensor_map.h"
+#include "ptx/barrier.h"
+#include "ptx/global_memory.h"
+#include "ptx/shared_memory.h"
+#include "ptx/warpgroup.h"
+#include "tile/copy_sm90.h"
+#include "tile/mma_sm90.h"
+#include "tile/pipeline.h"
+
+namespace fa {
+
+// A tile that the producer hands to the consumers, in shared memory.
+struct FwdWork {
+  TileCoord tile;  // batch < 0: there are no more
+  SeqlenInfo q_seq, k_seq;
+  MaskSpec mask;
+  BlockRange blocks;  // that are loaded: what any of the tile's rows needs
+};
+
+// What the launcher adds to the parameters.
+struct FwdLaunch {
+  CUtensorMap q, k, v;  // varlen: one batch entry of all rows
+  TileOrder order;      // fixed length
+  FastDiv num_heads, group_size;
+  int num_tiles;
+  float scale_log2;  // softmax_scale * log2(e)
+  float threshold;   // kMaxWeightLog2 / scale_log2
+};
+
+// Sizes, and where things lie in shared memory.
+template <class T, int kHeadDim, MaskKind kMask>
+struct FwdLayout {
+  static constexpr FwdTileConfig kTile = fwd_tile_config(Arch::kSm90, kHeadDim, kMask);
+  static constexpr int kConsumers = kTile.num_warps / 4;  // warpgroups
+  static constexpr int kThreads = fwd_num_threads(Arch::kSm90, kTile);
+  static constexpr bool kTakesTurns = kConsumers == 3;
+  static constexpr WarpgroupRegisters kRegisters = warpgroup_registers(kConsumers);
+  static constexpr int kRows = 64;  // of a warpgroup
+  static constexpr int kStages = kTile.num_stages, kQStages = kTile.num_q_stages;
+  static_assert(kTile.tile_m == kRows * kConsumers && kStages >= 2);
+
+  using TileQ = SwizzledTile<kRows, kHeadDim>;
+  using TileKv = SwizzledTile<kTile.tile_n, kHeadDim>;
+  using KvPipeline = Pipeline<kStages>;
+  using QPipeline = Pipeline<kQStages>;
+  using WorkPipeline = Pipeline<2>;
+
+  static constexpr int kK = kConsumers * kQStages * TileQ::kBytes;
+  static constexpr int kV = kK + kStages * TileKv::kBytes;
+  static constexpr int kKBarriers = kV + kStages * TileKv::kBytes;
+  static constexpr int kVBarriers = kKBarriers + KvPipeline::kBarrierBytes;
+  static constexpr int kQBarriers = kVBarriers + KvPipeline::kBarrierBytes;  // for each warpgroup
+  static constexpr int kWorkBarriers = kQBarriers + kConsumers * QPipeline::kBarrierBytes;
+  static constexpr int kWork = kWorkBarriers + WorkPipeline::kBarrierBytes;
+  static constexpr int kSmemBytes = fwd_smem_bytes(kTile, kHeadDim, kHeadDim) + kFwdBarrierBytes;
+  static_assert(kWork + 2 * static_cast<int>(sizeof(FwdWork)) <= kSmemBytes);
+
+  static FA_DEVICE TileQ smem_q(uint32_t smem, int warpgroup, int stage) {
+    return {smem + (warpgroup * kQStages + stage) * TileQ::kBytes};
+  }
+  static FA_DEVICE TileKv smem_k(uint32_t smem, int stage) {
+    return {smem + kK + stage * TileKv::kBytes};
+  }
+  static FA_DEVICE TileKv smem_v(uint32_t smem, int stage) {
+    return {smem + kV + stage * TileKv::kBytes};
+  }
+  static FA_DEVICE uint32_t q_barriers(uint32_t smem, int warpgroup) {
+    return smem + kQBarriers + warpgroup * QPipeline::kBarrierBytes;
+  }
+  static FA_DEVICE FwdWork& work(char* smem, int slot) {
+    return reinterpret_cast<FwdWork*>(smem + kWork)[slot];
+  }
+
+  static FA_DEVICE void init_barriers(uint32_t smem) {
+    KvPipeline::init(smem + kKBarriers, kTile.num_warps);
+    KvPipeline::init(smem + kVBarriers, kTile.num_warps);
+    for (int i = 0; i < kConsumers; ++i) QPipeline::init(q_barriers(smem, i), 4);
+    WorkPipeline::init(smem + kWorkBarriers, kTile.num_warps);
+    ptx::fence_mbarrier_init();
+  }
+};
+
+// The one thread that decides on tiles and starts all copies.
+template <class T, int kHeadDim, MaskKind kMask>
+struct FwdProducer {
+  using Layout = FwdLayout<T, kHeadDim, kMask>;
+  static constexpr FwdTileConfig kTile = Layout::kTile;
+
+  const FwdParams& p;
+  const FwdLaunch& launch;
+  uint32_t smem;
+  typename Layout::KvPipeline k, v;
+
+  FA_DEVICE FwdProducer(const FwdParams& params, const FwdLaunch& fwd_launch, uint32_t smem_base)
+      : p(params),
+        launch(fwd_launch),
+        smem(smem_base),
+        k(Layout::KvPipeline::producer(smem_base + Layout::kKBarriers)),
+        v(Layout::KvPipeline::producer(smem_base + Layout::kVBarriers)) {}
+
+  FA_DEVICE void run(char* smem_ptr) {
+    auto slot = Layout::WorkPipeline::producer(smem + Layout::kWorkBarriers);
+    auto q = Layout::QPipeline::producer(0);  // barriers: of each warpgroup
+    int tile = blockIdx.x;
+#pragma unroll 1
+    while (true) {
+      const int next = next_tile(tile);  // asked for early: the answer takes a while
+      FwdWork& work = Layout::work(smem_ptr, slot.stage);
+      slot.wait_empty();
+      if (!find_work(work, tile)) {
+        tile = next;  // varlen: a place without rows
+        continue;
+      }
+      ptx::mbarrier_arrive(slot.full());
+      slot.advance();
+      if (work.tile.batch < 0) return;
+      load(work, q);
+      tile = next;
+    }
+  }
+
+  FA_DEVICE int next_tile(int tile) const {
+    return p.next_tile != nullptr ? atomicAdd(p.next_tile, 1) + gridDim.x : tile + gridDim.x;
+  }
+
+  // False: `tile` has no rows.
+  FA_DEVICE bool find_work(FwdWork& work, int tile) const {
+    if (tile >= launch.num_tiles) {
+      work.tile.batch = -1;
+      return true;
+    }
+    TileCoord coord;
+    if (p.seqlens_q.cu_seqlens != nullptr) {
+      const QuotientRemainder place = divide(tile, launch.num_heads);
+      coord =
+          varlen_tile_coord(p.seqlens_q.cu_seqlens, p.batch_size, kTile.tile_m, 1, place.quotient);
+      if (coord.m_block < 0) return false;
+      coord.head = place.remainder;
+    } else {
+      coord = launch.order.coord(tile);
+    }
+    work.tile = coord;
+    work.q_seq = seqlen_info(p.seqlens_q, coord.batch);
+    work.k_seq = seqlen_info(p.seqlens_k, coord.batch);
+    work.mask =
+        mask_spec(work.q_seq.seqlen, work.k_seq.seqlen, p.score.window_left, p.score.window_right);
+    work.blocks = n_block_range(work.mask, coord.m_block, kTile.tile_m, kTile.tile_n);
+    return true;
+  }
+
+  // K of a block goes ahead of V of the block before, as they are needed.
+  FA_DEVICE void load(const FwdWork& work, typename Layout::QPipeline& q) {
+    const int batch_q = p.seqlens_q.cu_seqlens != nullptr ? 0 : work.tile.batch;
+    const ptx::BoxOrigin q_at{
+        0, static_cast<int>(work.q_seq.first_row) + work.tile.m_block * kTile.tile_m,
+        work.tile.head, batch_q};
+    const ptx::BoxOrigin kv_at{0, static_cast<int>(work.k_seq.first_row),
+                               launch.group_size.divide(work.tile.head),
+                               p.seqlens_k.cu_seqlens != nullptr ? 0 : work.tile.batch};
+    const int begin = work.blocks.begin;
+    int n_block = work.blocks.end - 1;
+    if (n_block >= begin) load_k(kv_at, n_block);
+    load_q(q_at, q);
+#pragma unroll 1
+    for (; n_block > begin; --n_block) {
+      load_k(kv_at, n_block - 1);
+      load_v(kv_at, n_block);
+    }
+    if (n_block >= begin) load_v(kv_at, n_block);
+  }
+
+  FA_DEVICE void load_q(ptx::BoxOrigin at, typename Layout::QPipeline& q) {
+    FA_UNROLL
+    for (int i = 0; i < Layout::kConsumers; ++i) {
+      q.barriers = Layout::q_barriers(smem, i);
+      q.wait_empty();
+      ptx::mbarrier_arrive_expect_tx(q.full(), Layout::TileQ::kBytes);
+      load_tile_tma(Layout::smem_q(smem, i, q.stage), &launch.q, at, q.full(), ptx::kL2EvictFirst);
+      at.row += Layout::kRows;
+    }
+    q.advance();
+  }
+  FA_DEVICE void load_k(ptx::BoxOrigin at, int n_block) {
+    k.wait_empty();
+    ptx::mbarrier_arrive_expect_tx(k.full(), Layout::TileKv::kBytes);
+    at.row += n_block * kTile.tile_n;
+    load_tile_tma(Layout::smem_k(smem, k.stage), &launch.k, at, k.full(), ptx::kL2EvictLast);
+    k.advance();
+  }
+  FA_DEVICE void load_v(ptx::BoxOrigin at, int n_block) {
+    v.wait_empty();
+    ptx::mbarrier_arrive_expect_tx(v.full(), Layout::TileKv::kBytes);
+    at.row += n_block * kTile.tile_n;
+    load_tile_tma(Layout::smem_v(smem, v.stage), &launch.v, at, v.full(), ptx::kL2EvictLast);
+    v.advance();
+  }
+};
+
+// A warpgroup's computation: the stages of the loop as functions, and what they share.
+template <class T, int kHeadDim, MaskKind kMask>
+struct FwdConsumer {
+  using Layout = FwdLayout<T, kHeadDim, kMask>;
+  static constexpr FwdTileConfig kTile = Layout::kTile;
+  static constexpr int kN = kTile.tile_n / 8;                        // accumulator columns of S
+  static constexpr int kD = kHeadDim / 8;                            // of O
+  static constexpr int kFirstTurnBarrier = 1, kFirstOwnBarrier = 8;  // named barriers
+  using Scores = AccumTile<1, kN>;
+  using Weights = AFragments<1, kN / 2>;
+  using Output = AccumTile<1, kD>;
+  using Softmax = OnlineSoftmax<T, 1>;
+
+  const FwdParams& p;
+  const FwdLaunch& launch;
+  uint32_t smem;
+  int warpgroup, lane;  // warpgroup: among the consumers
+  int warp_row;         // first row of this warp in the warpgroup's 64
+  typename Layout::KvPipeline k, v;
+  typename Layout::QPipeline q;
+
+  FA_DEVICE FwdConsumer(const FwdParams& params, const FwdLaunch& fwd_launch, uint32_t smem_base,
+                        int consumer)
+      : p(params),
+        launch(fwd_launch),
+        smem(smem_base),
+        warpgroup(consumer),
+        lane(threadIdx.x % kWarpSize),
+        warp_row(threadIdx.x / kWarpSize % 4 * 16),
+        k(Layout::KvPipeline::consumer(smem_base + Layout::kKBarriers)),
+        v(Layout::KvPipeline::consumer(smem_base + Layout::kVBarriers)),
+        q(Layout::QPipeline::consumer(Layout::q_barriers(smem_base, consumer))) {}
+
+  FA_DEVICE void run(char* smem_ptr) {
+    if (p.seqlens_q.cu_seqlens != nullptr) clear_rows_behind();
+    if (Layout::kTakesTurns && warpgroup == Layout::kConsumers - 1) pass_turn_to(0);
+    auto slot = Layout::WorkPipeline::consumer(smem + Layout::kWorkBarriers);
+#pragma unroll 1
+    while (true) {
+      slot.wait_full();
+      const FwdWork& work = Layout::work(smem_ptr, slot.stage);
+      if (work.tile.batch < 0) return;
+      compute(work);
+      release(slot);
+      slot.advance();
+    }
+  }
+
+  // Everything about one tile.
+  FA_DEVICE void compute(const FwdWork& work) {
+    const BlockRange blocks = own_blocks(work);
+    Output acc_o;
+    acc_o.clear();
+    Softmax softmax;
+    q.wait_full();
+    skip(work.blocks.end - max(blocks.end, work.blocks.begin));
+    if (blocks.size() > 0) {
+      Weights weights;
+      int n_block = blocks.end - 1;
+      first_step(weights, softmax, work, blocks, n_block);
+#pragma unroll 1
+      for (--n_block; n_block >= blocks.begin; --n_block)
+        step(weights, acc_o, softmax, work, blocks, n_block);
+      release(q);  // the last S is complete
+      last_step(weights, acc_o);
+      skip(blocks.begin - work.blocks.begin);
+    } else {
+      release(q);
+    }
+    q.advance();
+    softmax.finish(RowsOfWarp{});
+    store(work, acc_o, softmax);
+  }
+
+  // The blocks that this warpgroup's rows need. All of the tile's if they take turns, as every
+  // warpgroup needs as many turns as the others then.
+  FA_DEVICE BlockRange own_blocks(const FwdWork& work) const {
+    if constexpr (Layout::kTakesTurns) return work.blocks;
+    return n_block_range(work.mask, work.tile.m_block * Layout::kConsumers + warpgroup,
+                         Layout::kRows, kTile.tile_n);
+  }
+  // Releases blocks that only other warpgroups need.
+  FA_DEVICE void skip(int num_blocks) {
+#pragma unroll 1
+    for (; num_blocks > 0; --num_blocks) {
+      k.wait_full();
+      release(k);
+      k.advance();
+      v.wait_full();
+      release(v);
+      v.advance();
+    }
+  }
+
+  // S = Q K^T of the last block, and its weights. No product is under way behind it.
+  FA_DEVICE void first_step(Weights& weights, Softmax& softmax, const FwdWork& work,
+                            const BlockRange& blocks, int n_block) {
+    Scores acc_s;
+    k.wait_full();
+    issue_qk(acc_s);
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_fence_operand(acc_s.x[0]);
+    release(k);
+    k.advance();
+    mask(acc_s, work, blocks, n_block);
+    float factor[Softmax::kRows];  // of an empty O
+    softmax.follow(acc_s, launch.scale_log2, launch.threshold, factor);
+    softmax.weigh(acc_s, launch.scale_log2);
+    weights = as_a_operand<T>(acc_s);
+    clear_values_behind(work, n_block);
+  }
+
+  // S and weights of a block, and meanwhile O += P V of the block before.
+  FA_DEVICE void step(Weights& weights, Output& acc_o, Softmax& softmax, const FwdWork& work,
+                      const BlockRange& blocks, int n_block) {
+    Scores acc_s;
+    k.wait_full();
+    if (Layout::kTakesTurns) ptx::bar_sync(kFirstTurnBarrier + warpgroup, 2 * kWarpgroupSize);
+    issue_qk(acc_s);
+    if (Layout::kTakesTurns) pass_turn_to((warpgroup + 1) % Layout::kConsumers);
+    v.wait_full();
+    issue_pv(acc_o, weights);
+    ptx::wgmma_wait_group<1>();  // S is complete, K read
+    ptx::wgmma_fence_operand(acc_s.x[0]);
+    release(k);
+    k.advance();
+    mask(acc_s, work, blocks, n_block);
+    float factor[Softmax::kRows];
+    const bool moved = softmax.follow(acc_s, launch.scale_log2, launch.threshold, factor);
+    softmax.weigh(acc_s, launch.scale_log2);
+    ptx::wgmma_wait_group<0>();  // O is complete, V and the weights read
+    ptx::wgmma_fence_operand(acc_o.x[0]);
+    release(v);
+    v.advance();
+    if (moved) Softmax::rescale(acc_o, factor);
+    weights = as_a_operand<T>(acc_s);
+  }
+
+  // O += P V of the first block.
+  FA_DEVICE void last_step(Weights& weights, Output& acc_o) {
+    v.wait_full();
+    issue_pv(acc_o, weights);
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_fence_operand(acc_o.x[0]);
+    release(v);
+    v.advance();
+  }
+
+  FA_DEVICE void issue_qk(Scores& acc_s) const {
+    ptx::wgmma_fence_operand(acc_s.x[0]);
+    ptx::wgmma_fence();
+    warpgroup_gemm_abt<T>(acc_s, Layout::smem_q(smem, warpgroup, q.stage),
+                          Layout::smem_k(smem, k.stage));
+    ptx::wgmma_commit_group();
+  }
+  FA_DEVICE void issue_pv(Output& acc_o, const Weights& weights) const {
+    ptx::wgmma_fence_operand(acc_o.x[0]);
+    ptx::wgmma_fence();
+    warpgroup_gemm_ab<T>(acc_o, weights, Layout::smem_v(smem, v.stage));
+    ptx::wgmma_commit_group();
+  }
+  // Barrier of the warpgroup whose turn it is: it waits there, the one before arrives.
+  FA_DEVICE void pass_turn_to(int consumer) const {
+    ptx::bar_arrive(kFirstTurnBarrier + consumer, 2 * kWarpgroupSize);
+  }
+  template <class Pipeline>
+  FA_DEVICE void release(const Pipeline& pipeline) const {
+    __syncwarp();  // all lanes are done with the buffer
+    if (lane == 0) pipeline.release();
+  }
+
+  FA_DEVICE int first_row(const FwdWork& work) const {
+    return work.tile.m_block * kTile.tile_m + warpgroup * Layout::kRows + warp_row;
+  }
+  FA_DEVICE void mask(Scores& acc_s, const FwdWork& work, const BlockRange& blocks,
+                      int n_block) const {
+    if (n_block >= blocks.full_end || n_block < blocks.full_begin)
+      apply_mask(acc_s, work.mask, {first_row(work), n_block * kTile.tile_n}, lane);
+  }
+
+  // Rows of V behind the sequence become 0, as their weights are: 0 * NaN would be NaN. Without
+  // lengths on the device they lie outside the tensor, and TMA has written zeros.
+  FA_DEVICE void clear_values_behind(const FwdWork& work, int n_block) const {
+    const int num_rows = work.k_seq.seqlen - n_block * kTile.tile_n;
+    if (num_rows >= kTile.tile_n) return;
+    if (p.seqlens_k.cu_seqlens == nullptr && p.seqlens_k.seqused == nullptr) return;
+    v.wait_full();
+    constexpr int kChunks = kHeadDim / 8;
+    const auto smem_v = Layout::smem_v(smem, v.stage);
+    for (int i = num_rows * kChunks + static_cast<int>(threadIdx.x % kWarpgroupSize);
+         i < kTile.tile_n * kChunks; i += kWarpgroupSize)
+      ptx::st_shared_v4(smem_v.chunk_address(i / kChunks, i % kChunks), uint4{0, 0, 0, 0});
+    ptx::fence_proxy_async();  // before wgmma reads them
+    sync_warpgroup();          // all of them are written
+  }
+  FA_DEVICE void sync_warpgroup() const {
+    ptx::bar_sync(kFirstOwnBarrier + warpgroup, kWarpgroupSize);
+  }
+
+  // O as 16-byte chunks, four of a row by the lanes of a quad, and lse.
+  FA_DEVICE void store(const FwdWork& work, const Output& acc_o, const Softmax& softmax) const {
+    const int num_chunks = p.head_dim_v / 8;
+    FA_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int row = first_row(work) + r * 8 + lane / 4;
+      const bool exists = row < work.q_seq.seqlen, stored = row < work.q_seq.stored;
+      const float scale = output_scale(softmax.row_sum[r]);
+      T* out = static_cast<T*>(p.out) + element_offset(p.out_strides.batch, p.out_strides.token,
+                                                       p.out_strides.head, work.tile.batch,
+                                                       work.q_seq.first_row + row, work.tile.head);
+      FA_UNROLL
+      for (int d = 0; d < kD; d += 4) {
+        uint32_t pairs[4];
+        FA_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const float* x = &acc_o.x[0][d + i][r * 2];
+          pairs[i] = exists ? pack<T>(x[0] * scale, x[1] * scale) : 0u;
+        }
+        transpose_in_quad(pairs, lane);
+        const int chunk = d + lane % 4;
+        if (stored && chunk < num_chunks)
+          ptx::st_global_v4(out + chunk * 8, uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
+      }
+      float* lse = lse_rows(p, work.tile.batch, work.tile.head, work.q_seq.first_row);
+      if (lane % 4 == 0 && stored)
+        lse[row] = exists ? softmax.lse(r, launch.scale_log2) : -INFINITY;
+    }
+  }
+
+  // Varlen: the CTAs share the rows behind the last sequence and write out = 0, lse = -inf.
+  FA_DEVICE void clear_rows_behind() const {
+    constexpr int kConsumerThreads = Layout::kConsumers * kWarpgroupSize;
+    const int thread = static_cast<int>(threadIdx.x) - kWarpgroupSize;
+    const int first = p.seqlens_q.cu_seqlens[p.batch_size] + static_cast<int>(blockIdx.x);
+    const int chunks = p.num_heads_q * (p.head_dim_v / 8);
+    for (int row = first; row < p.total_q; row += gridDim.x) {
+      for (int i = thread; i < chunks; i += kConsumerThreads) {
+        const int head = i / (p.head_dim_v / 8), chunk = i % (p.head_dim_v / 8);
+        T* out = static_cast<T*>(p.out) +
+                 element_offset(0, p.out_strides.token, p.out_strides.head, 0, row, head);
+        ptx::st_global_v4(out + chunk * 8, uint4{0, 0, 0, 0});
+      }
+      for (int head = thread; head < p.num_heads_q; head += kConsumerThreads)
+        *lse_rows(p, 0, head, row) = -INFINITY;
+    }
+  }
+};
+
+template <class T, int kHeadDim, MaskKind kMask>
+__global__ void __launch_bounds__(FwdLayout<T, kHeadDim, kMask>::kThreads, 1)
+    fwd_kernel(const __grid_constant__ FwdParams p, const __grid_constant__ FwdLaunch launch) {
+  using Layout = FwdLayout<T, kHeadDim, kMask>;
+  extern __shared__ __align__(1024) char smem[];
+  const uint32_t smem_base = ptx::cvta_to_shared(smem);
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensormap(&launch.q);
+    ptx::prefetch_tensormap(&launch.k);
+    ptx::prefetch_tensormap(&launch.v);
+    Layout::init_barriers(smem_base);
+  }
+  __syncthreads();  // the barriers are initialised
+  const int warpgroup = ptx::warpgroup_index();
+  if (warpgroup == 0) {
+    ptx::setmaxnreg_dec<Layout::kRegisters.producer>();
+    if (threadIdx.x == 0) FwdProducer<T, kHeadDim, kMask>(p, launch, smem_base).run(smem);
+  } else {
+    ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
+    FwdConsumer<T, kHeadDim, kMask>(p, launch, smem_base, warpgroup - 1).run(smem);
+  }
+}
+
+// Longest first, all heads of a group run their last tile, then all the one before: what they read
+// should stay in L2 meanwhile. H100 (50 MB), 16 heads, causal: groups of 33 MB are 2 to 3 % faster
+// than of 16 MB at 8k and 16k, of 42 MB 12 % slower than of 21 MB at 512.
+constexpr int64_t kL2GroupBytes = 38 << 20;
+
+// Rows of a side as TMA sees them: varlen tensors are one batch entry.
+inline HeadTensor head_tensor(const void* data, const Strides& strides, const SeqlenArgs& seqlens,
+                              int total, int batch_size) {
+  const bool varlen = seqlens.cu_seqlens != nullptr;
+  return {data, strides, varlen ? 1 : batch_size, varlen ? total : seqlens.max_seqlen, 0, 0};
+}
+
+template <class T, int kHeadDim, MaskKind kMask>
+cudaError_t encode_tensor_maps(const FwdParams& p, FwdLaunch& launch) {
+  using Layout = FwdLayout<T, kHeadDim, kMask>;
+  HeadTensor q = head_tensor(p.q, p.q_strides, p.seqlens_q, p.total_q, p.batch_size);
+  HeadTensor k = head_tensor(p.k, p.k_strides, p.seqlens_k, p.total_k, p.batch_size);
+  HeadTensor v = head_tensor(p.v, p.v_strides, p.seqlens_k, p.total_k, p.batch_size);
+  q.num_heads = p.num_heads_q;
+  k.num_heads = v.num_heads = p.num_heads_kv;
+  q.head_dim = k.head_dim = p.head_dim;
+  v.head_dim = p.head_dim_v;
+  cudaError_t error = encode_tensor_map(launch.q, p.dtype, q, Layout::kRows);
+  if (error == cudaSuccess) error = encode_tensor_map(launch.k, p.dtype, k, Layout::kTile.tile_n);
+  if (error == cudaSuccess) error = encode_tensor_map(launch.v, p.dtype, v, Layout::kTile.tile_n);
+  return error;
+}
+
+template <class T, int kHeadDim, MaskKind kMask>
+int launch_fwd_kernel(const FwdParams& p, cudaStream_t stream) {
+  using Layout = FwdLayout<T, kHeadDim, kMask>;
+  constexpr auto kKernel = fwd_kernel<T, kHeadDim, kMask>;
+  constexpr int kTileM = Layout::kTile.tile_m;
+  const bool varlen = p.seqlens_q.cu_seqlens != nullptr;
+  const TileGrid grid{ceil_div(p.seqlens_q.max_seqlen, kTileM), p.num_heads_q, p.batch_size};
+  const int64_t num_tiles =
+      varlen ? varlen_num_tiles(p.total_q, p.batch_size, kTileM, p.num_heads_q) : grid.size();
+  if (num_tiles == 0 && !(varlen && p.total_q > 0)) return cudaSuccess;
+
+  FwdLaunch launch;
+  const int heads_per_kv = p.num_heads_q / p.num_heads_kv;
+  if (!varlen) {
+    const int64_t kv_bytes = int64_t{2} * p.seqlens_k.max_seqlen * (p.head_dim + p.head_dim_v);
+    const bool longest_first = p.score.window_right >= 0;
+    const int64_t tile_bytes = int64_t{2} * kTileM * (p.head_dim + p.head_dim_v);  // of Q and O
+    launch.order = TileOrder::of(
+        grid, longest_first,
+        longest_first ? l2_group_size(kv_bytes + tile_bytes, heads_per_kv, kL2GroupBytes) : 1);
+  }
+  launch.num_heads = FastDiv(p.num_heads_q);
+  launch.group_size = FastDiv(heads_per_kv);
+  launch.num_tiles = static_cast<int>(num_tiles);
+  launch.scale_log2 = p.score.softmax_scale * kLog2e;
+  launch.threshold = kMaxWeightLog2<T> / launch.scale_log2;
+
+  int num_ctas = 0;
+  cudaError_t error = encode_tensor_maps<T, kHeadDim, kMask>(p, launch);
+  if (error == cudaSuccess) error = num_multiprocessors(num_ctas);
+  if (error == cudaSuccess) error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
+  if (error == cudaSuccess && p.next_tile != nullptr)
+    error = cudaMemsetAsync(p.next_tile, 0, sizeof(int), stream);
+  if (error != cudaSuccess) return error;
+  num_ctas = max(num_ctas - p.sm_margin, 1);
+  if (num_tiles < num_ctas) num_ctas = max(static_cast<int>(num_tiles), 1);
+  kKernel<<<num_ctas, Layout::kThreads, Layout::kSmemBytes, stream>>>(p, launch);
+  return cudaGetLastError();
+}
+
+template <class T, int kHeadDim>
+int launch_fwd(const FwdParams& p, cudaStream_t stream) {
+  constexpr bool kOneTile = same_tile(fwd_tile_config(Arch::kSm90, kHeadDim, MaskKind::kFull),
+                                      fwd_tile_config(Arch::kSm90, kHeadDim, MaskKind::kBordered));
+  if constexpr (!kOneTile) {
+    if (mask_kind(p.score.window_left, p.score.window_right) == MaskKind::kBordered)
+      return launch_fwd_kernel<T, kHeadDim, MaskKind::kBordered>(p, stream);
+  }
+  return launch_fwd_kernel<T, kHeadDim, MaskKind::kFull>(p, stream);
+}
+
+}  // namespace fa

@@ -1,0 +1,27 @@
+// Additions in global memory that return nothing, and counters that order them.
+//
+// PTX ISA, "Parallel Synchronization and Communication Instructions: red" and "Memory Consistency
+// Model".
+#pragma once
+#include "core/host_device.h"
+
+namespace fa::ptx {
+
+// *ptr += x, in L2. ptr is in global memory.
+FA_DEVICE void red_global_add_f32(float* ptr, float x) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(ptr), "f"(x) : "memory");
+}
+
+// *ptr += x; what this thread and those it has synchronised with wrote before is visible to whoever
+// reads the sum with ld_acquire_gpu.
+FA_DEVICE void red_release_gpu_add_s32(int* ptr, int x) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(ptr), "r"(x) : "memory");
+}
+
+FA_DEVICE int ld_acquire_gpu_s32(const int* ptr) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(ptr) : "memory");
+  return x;
+}
+
+}  // namespace fa::ptx

@@ -1,0 +1,44 @@
+// The tensor memory accelerator: one thread starts the copy of a whole box of a tensor.
+//
+// PTX ISA, "Data Movement and Conversion Instructions: cp.async.bulk.tensor, prefetch.tensormap,
+// fence.proxy.async". `map` points to a CUtensorMap in the kernel's parameters (__grid_constant__).
+#pragma once
+#include <cstdint>
+
+#include "core/host_device.h"
+
+namespace fa::ptx {
+
+// How long lines of a copy are to stay in L2: the encoded policies that createpolicy.fractional
+// returns for evict_first and evict_last of all lines.
+constexpr uint64_t kL2EvictFirst = 0x12F0000000000000;
+constexpr uint64_t kL2EvictLast = 0x14F0000000000000;
+
+FA_DEVICE void prefetch_tensormap(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// First element of a box in a tensor of rank 4, the contiguous dimension first.
+struct BoxOrigin {
+  int column, row, head, batch;
+};
+
+// Copies a box to shared memory and counts its bytes on `barrier`; elements outside the tensor
+// arrive as zeros and count. Preconditions: smem is a multiple of the swizzle's period.
+FA_DEVICE void cp_async_bulk_tensor_4d(uint32_t smem, const void* map, BoxOrigin at,
+                                       uint32_t barrier, uint64_t l2_policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(smem),
+      "l"(map), "r"(at.column), "r"(at.row), "r"(at.head), "r"(at.batch), "r"(barrier),
+      "l"(l2_policy)
+      : "memory");
+}
+
+// Orders this thread's accesses to shared memory before accesses by TMA and wgmma that are issued
+// behind a barrier.
+FA_DEVICE void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+}  // namespace fa::ptx

@@ -1,0 +1,136 @@
+// Tensor core products of a warpgroup: d += a b, d 64 x n in fp32, a 64 x 16, b 16 x n.
+//
+// PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions: wgmma". All four warps issue the same
+// instructions, converged. They run asynchronously: between issue and the wait for their group
+// nobody touches d or, if a is in registers, a. Where the registers of d lie: core/accum_layout.h.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/host_device.h"
+
+namespace fa::ptx {
+
+// Before the first product, and behind every write to registers of d or a.
+FA_DEVICE void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// Closes the group of the products issued so far.
+FA_DEVICE void wgmma_commit_group() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until at most kPending of the last groups are under way.
+template <int kPending>
+FA_DEVICE void wgmma_wait_group() {
+  static_assert(0 <= kPending && kPending <= 7);
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving accesses to d across this point: it does not know that the
+// asynchronous products write it. No instruction.
+template <int kN>
+FA_DEVICE void wgmma_fence_operand(float (&d)[kN][4]) {
+  FA_UNROLL
+  for (auto& column : d) {
+    FA_UNROLL
+    for (float& x : column) asm volatile("" : "+f"(x)::"memory");
+  }
+}
+
+// Operand lists: registers %0 .. %(count - 1), and d of n = 2 * count columns.
+// clang-format off
+#define FA_REGS_32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FA_REGS_40 \
+  FA_REGS_32 ", " \
+  "%32, %33, %34, %35, %36, %37, %38, %39"
+#define FA_REGS_64 \
+  FA_REGS_40 ", " \
+  "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, " \
+  "%56, %57, %58, %59, %60, %61, %62, %63"
+#define FA_ACCUM_32 \
+  "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), \
+  "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), \
+  "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), \
+  "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), \
+  "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), \
+  "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), \
+  "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), \
+  "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
+#define FA_ACCUM_40 \
+  FA_ACCUM_32, \
+  "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]), \
+  "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3])
+#define FA_ACCUM_64 \
+  FA_ACCUM_40, \
+  "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), \
+  "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]), \
+  "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), \
+  "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]), \
+  "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), \
+  "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
+// clang-format on
+
+// One product for each n. a, b, p: numbers of the operands behind d's registers.
+#define FA_WGMMA_SS(n, count, types, a, b, p)                                               \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p                                        \
+               ", 0;\n"                                                                     \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." types " {" FA_REGS_##count \
+               "}, " a ", " b ", p, 1, 1, 0, 0;\n}"                                         \
+               : FA_ACCUM_##count                                                           \
+               : "l"(a_desc), "l"(b_desc), "r"(static_cast<int>(accumulate)))
+#define FA_WGMMA_RS(n, count, types, a0, a1, a2, a3, b)                            \
+  asm volatile(                                                                    \
+      "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                   \
+      "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." types " {" FA_REGS_##count \
+      "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", p, 1, 1, 1;\n}"                 \
+      : FA_ACCUM_##count                                                           \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc))
+
+// a and b from shared memory, both with consecutive k; d = a b if not accumulate. Descriptors:
+// tile/smem_tile_sm90.h.
+template <class T, int kN>
+FA_DEVICE void wgmma_m64k16_ss(float (&d)[kN][4], uint64_t a_desc, uint64_t b_desc,
+                               bool accumulate) {
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  static_assert(kN == 8 || kN == 10 || kN == 16, "write the operand list of this n");
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  if constexpr (kN == 8 && kHalf) FA_WGMMA_SS(64, 32, "f16.f16", "%32", "%33", "%34");
+  if constexpr (kN == 8 && !kHalf) FA_WGMMA_SS(64, 32, "bf16.bf16", "%32", "%33", "%34");
+  if constexpr (kN == 10 && kHalf) FA_WGMMA_SS(80, 40, "f16.f16", "%40", "%41", "%42");
+  if constexpr (kN == 10 && !kHalf) FA_WGMMA_SS(80, 40, "bf16.bf16", "%40", "%41", "%42");
+  if constexpr (kN == 16 && kHalf) FA_WGMMA_SS(128, 64, "f16.f16", "%64", "%65", "%66");
+  if constexpr (kN == 16 && !kHalf) FA_WGMMA_SS(128, 64, "bf16.bf16", "%64", "%65", "%66");
+}
+
+// a from registers (a_operand_coord()), b from shared memory with consecutive columns.
+template <class T, int kN>
+FA_DEVICE void wgmma_m64k16_rs(float (&d)[kN][4], const uint32_t (&a)[4], uint64_t b_desc) {
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  static_assert(kN == 8 || kN == 16, "write the operand list of this n");
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  if constexpr (kN == 8 && kHalf) FA_WGMMA_RS(64, 32, "f16.f16", "%32", "%33", "%34", "%35", "%36");
+  if constexpr (kN == 8 && !kHalf)
+    FA_WGMMA_RS(64, 32, "bf16.bf16", "%32", "%33", "%34", "%35", "%36");
+  if constexpr (kN == 16 && kHalf)
+    FA_WGMMA_RS(128, 64, "f16.f16", "%64", "%65", "%66", "%67", "%68");
+  if constexpr (kN == 16 && !kHalf)
+    FA_WGMMA_RS(128, 64, "bf16.bf16", "%64", "%65", "%66", "%67", "%68");
+}
+
+#undef FA_WGMMA_RS
+#undef FA_WGMMA_SS
+#undef FA_ACCUM_64
+#undef FA_ACCUM_40
+#undef FA_ACCUM_32
+#undef FA_REGS_64
+#undef FA_REGS_40
+#undef FA_REGS_32
+
+}  // namespace fa::ptx
