@@ -20,7 +20,7 @@ from torch import Tensor
 
 NEEDS_CUDA = "needs a CUDA GPU"
 NEEDS_TWO_GPUS = "needs two CUDA GPUs"
-NEEDS_GPU_MEMORY = "needs a CUDA GPU with 24 GB of memory"
+NEEDS_GPU_MEMORY = "needs a CUDA GPU with 32 GB of memory"
 NEEDS_LIBRARY = "needs the compiled library (flash_attn_ext/_C.abi3.so)"
 NEEDS_INTROSPECT = "needs the compiled module flash_attn_ext._introspect"
 NEEDS_NVCC = "needs nvcc"
@@ -44,7 +44,7 @@ def _lacks_introspect() -> bool:
 def _lacks_gpu_memory() -> bool:
     if not torch.cuda.is_available():
         return True
-    return torch.cuda.get_device_properties(0).total_memory < 23 * 2**30  # "24 GB" of a GeForce
+    return torch.cuda.get_device_properties(0).total_memory < 30 * 2**30
 
 
 def _lacks_nvcc() -> bool:
