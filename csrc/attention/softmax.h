@@ -148,6 +148,31 @@ struct OnlineSoftmax {
     }
   }
 
+  // weigh() for a row that one key may dominate at any distance from 0. Its weight has to be
+  // exactly 1 in fp16, where the difference of two products is off by up to half an ulp of them.
+  template <int kN>
+  FA_DEVICE void weigh_far(AccumTile<kM, kN>& acc_s, float scale_log2) {
+    constexpr float kFar = 4096.f;  // half an ulp below: 2^-13, a quarter of fp16's next to 1
+    bool far = false;
+    FA_UNROLL
+    for (const float high : row_max) far |= fabsf(finite_max(high) * scale_log2) >= kFar;
+    if (std::is_same_v<T, __nv_bfloat16> || !__any_sync(0xffffffffu, far))
+      return weigh(acc_s, scale_log2);
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const float reference = finite_max(row_max[r]);
+      FA_UNROLL
+      for (int n = 0; n < kN; ++n) {
+        FA_UNROLL
+        for (int i = r % 2 * 2; i < r % 2 * 2 + 2; ++i) {
+          float& weight = acc_s.x[r / 2][n][i];
+          weight = ptx::ex2_approx_ftz((weight - reference) * scale_log2);
+          row_sum[r] += weight;
+        }
+      }
+    }
+  }
+
   template <int kD>
   static FA_DEVICE void rescale(AccumTile<kM, kD>& acc_o, const float (&factor)[kRows]) {
     FA_UNROLL

@@ -381,7 +381,7 @@ def test_bad_arguments(
         explain(*args, **options)
 
 
-SM90_FORWARD = ("fp16", "bf16", "head_dim 64", "causal", "window", "GQA", "varlen")
+SM90_FORWARD = ("bf16", "head_dim 64", "causal", "window", "GQA", "varlen")
 ARCHS = ["sm80", "sm86", "sm89", "sm90", "sm100", "sm120"]
 
 

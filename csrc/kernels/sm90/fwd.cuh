@@ -329,7 +329,7 @@ struct FwdConsumer {
     mask(acc_s, work, blocks, n_block);
     float factor[Softmax::kRows];  // of an empty O
     softmax.follow(acc_s, launch.scale_log2, launch.threshold, factor);
-    softmax.weigh(acc_s, launch.scale_log2);
+    softmax.weigh_far(acc_s, launch.scale_log2);
     weights = as_a_operand<T>(acc_s);
     clear_values_behind(work, n_block);
   }
@@ -351,7 +351,7 @@ struct FwdConsumer {
     mask(acc_s, work, blocks, n_block);
     float factor[Softmax::kRows];
     const bool moved = softmax.follow(acc_s, launch.scale_log2, launch.threshold, factor);
-    softmax.weigh(acc_s, launch.scale_log2);
+    softmax.weigh_far(acc_s, launch.scale_log2);
     ptx::wgmma_wait_group<0>();  // O is complete, V and the weights read
     ptx::wgmma_fence_operand(acc_o.x[0]);
     release(v);
