@@ -92,7 +92,7 @@ struct OnlineSoftmax {
       move_reference(tile_max, factor, scale_log2, rows);
       rescale(acc_o, factor);
     }
-    weigh(acc_s, scale_log2);
+    weigh_far(acc_s, scale_log2);
   }
 
   // step() in parts, for a kernel whose acc_o is still being added to. True, for the whole warp, if
