@@ -4,6 +4,7 @@
 #include "core/bwd_workspace.h"
 #include "core/dtype.h"
 #include "core/fast_div.h"
+#include "core/lse_rows.h"
 #include "core/mask.h"
 #include "core/online_softmax.h"
 #include "core/page_table.h"
