@@ -47,21 +47,6 @@ FA_DEVICE float2 unpack(uint32_t pair) {
   }
 }
 
-// A pair of P times (x, y), rounded. In bf16 the factors are rounded first, which saves a quarter
-// of the instructions of dS; fp16 has not the range for that.
-template <class T>
-FA_DEVICE uint32_t multiply_pair(uint32_t probs, float x, float y) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const float2 p = unpack<T>(probs);
-    return pack<T>(p.x * x, p.y * y);
-  } else {
-    const uint32_t factors = pack<T>(x, y);
-    const __nv_bfloat162 product = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&probs),
-                                           *reinterpret_cast<const __nv_bfloat162*>(&factors));
-    return *reinterpret_cast<const uint32_t*>(&product);
-  }
-}
-
 // Softcap, ALiBi and dropout on transposed scores, and what of them the gradient needs:
 //   dS = P (keep factor dP - delta) (1 - tanh^2)
 struct TransposedScoreMod {

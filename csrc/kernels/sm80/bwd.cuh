@@ -290,19 +290,24 @@ struct BwdCta {
         FA_UNROLL
         for (int h = 0; h < 2; ++h) {
           uint32_t& pair = ds.x[m][n / 2][n % 2 * 2 + h];
-          float2 dp{acc.x[m][n][2 * h], acc.x[m][n][2 * h + 1]};
-          if constexpr (kScoreMod) {
-            // The sign bits, as a dropped P may be -0.
-            dp.x = pair & 0x8000u ? 0.f : dp.x * factor;
-            dp.y = pair & 0x80000000u ? 0.f : dp.y * factor;
-            pair &= 0x7FFF7FFFu;
-          }
-          pair = multiply_pair<T>(pair, dp.x - delta.x, dp.y - delta.y);
+          pair = dscore_pair(pair, {acc.x[m][n][2 * h], acc.x[m][n][2 * h + 1]}, delta, factor);
         }
       }
     }
     store_operand(ds, stage, chunk, kAllSteps);
     return ds;
+  }
+
+  // dS of two queries and one key. factor: of dropout.
+  static FA_DEVICE uint32_t dscore_pair(uint32_t probs, float2 dp, float2 delta, float factor) {
+    if constexpr (kScoreMod) {
+      // The sign bits, as a dropped P may be -0.
+      dp.x = probs & 0x8000u ? 0.f : dp.x * factor;
+      dp.y = probs & 0x80000000u ? 0.f : dp.y * factor;
+      probs &= 0x7FFF7FFFu;
+    }
+    const float2 prob = unpack<T>(probs);
+    return pack<T>(prob.x * (dp.x - delta.x), prob.y * (dp.y - delta.y));
   }
 
   // dV += P^T dO or dK += dS^T Q.
@@ -488,7 +493,7 @@ __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads,
   typename Cta::Gradient acc;
   acc.clear();
   BwdStream<T> next = BwdStream<T>::first(p, tile, Shape::kTileM);
-  BwdStep step = next.step, last;
+  BwdStep step = next.step, last = step;
   cta.load_kept();
   cta.load_step(next, 0);
   cta.store_statistic(cta.load_statistic(next), 0);
