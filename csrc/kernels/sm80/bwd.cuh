@@ -259,7 +259,7 @@ struct BwdCta {
         scores.x[j / 2][j % 2][i] = acc.x[part.m + j / 2][2 * part.k + j % 2][i];
     }
     AccumTile<kModBands, 2> weights = scores;
-    to_weights(weights, 1.f, lse + 16 * part.k * sizeof(float));
+    to_weights(weights, mod.unit(), lse + 16 * part.k * sizeof(float));
     AccumTile<kModBands, 2> others = weights;
     if (mod.mod.outer_scale != 0.f) mod.multiply_by_derivative(others, scores, origin, lane);
     if (p.score.keep_threshold < 256) {
