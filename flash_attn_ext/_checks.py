@@ -434,13 +434,10 @@ def _window_side(name: str, size: Any) -> int:
     return -1 if size < 0 else size  # type: ignore[return-value]  # a SymInt stands for an int
 
 
-def scores(
-    softmax_scale: Any, softcap: Any, dropout_p: Any, head_dim: int
-) -> tuple[float, float, float]:
-    """(softmax_scale, softcap, dropout_p) with defaults filled in."""
-    softmax_scale = (
-        head_dim**-0.5 if softmax_scale is None else number("softmax_scale", softmax_scale)
-    )
+def scores(softmax_scale: Any, softcap: Any, dropout_p: Any) -> tuple[float | None, float, float]:
+    """(softmax_scale, softcap, dropout_p) as numbers."""
+    if softmax_scale is not None:
+        softmax_scale = number("softmax_scale", softmax_scale)
     softcap = number("softcap", softcap)
     if not softcap >= 0.0:
         raise ValueError(message("softcap", softcap, "a number >= 0", "0.0 turns it off"))

@@ -139,7 +139,6 @@ def flash_attn_func(
     _checks.unsupported(attention_chunk, qv, q_descale, k_descale, v_descale)
     _checks.fixed(q, k, v)
     options = _options(
-        q,
         softmax_scale,
         causal,
         window_size,
@@ -377,7 +376,6 @@ def flash_attn_varlen_func(
     )
     _checks.varlen(q, k, v, page_table, *lengths)
     options = _options(
-        q,
         softmax_scale,
         causal,
         window_size,
@@ -533,7 +531,6 @@ def flash_attn_varlen_qkvpacked_func(
 
 
 def _options(
-    q: Tensor,
     softmax_scale: float | None,
     causal: bool,
     window_size: WindowSize,
@@ -544,9 +541,7 @@ def _options(
     sm_margin: int,
 ) -> Options:
     """Checked scalars with their defaults filled in."""
-    softmax_scale, softcap, dropout_p = _checks.scores(
-        softmax_scale, softcap, dropout_p, q.shape[-1]
-    )
+    softmax_scale, softcap, dropout_p = _checks.scores(softmax_scale, softcap, dropout_p)
     window_left, window_right = _checks.window(causal, window_size)
     _checks.splits(num_splits, sm_margin)
     return Options(
@@ -589,7 +584,7 @@ def _unpack(qkv: Tensor, num_heads_q: int | None, varlen: bool) -> Sequence[Tens
 def _result(
     out: Tensor,
     lse: Tensor,
-    dmask: Tensor,
+    dmask: Tensor | None,
     sink: Tensor | None,
     is_given: bool,
     return_softmax_lse: bool,
@@ -600,5 +595,5 @@ def _result(
         with_sink, lse = apply_sink(out, lse, sink)
         out = out.copy_(with_sink) if is_given else with_sink
     if return_attn_probs:
-        return out, lse, dmask
+        return out, lse, out.new_empty([0]) if dmask is None else dmask
     return (out, lse) if return_softmax_lse else out
