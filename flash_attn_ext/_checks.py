@@ -91,6 +91,13 @@ def last_dim_contiguous(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
 
 
+def last_dims_contiguous(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for all three."""
+    if q.is_contiguous() and k.is_contiguous() and v.is_contiguous():
+        return q, k, v
+    return last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
+
+
 def written_in_place(name: str, x: Tensor) -> None:
     """``x`` is written, so that it cannot be replaced by a copy with contiguous heads."""
     if x.stride(-1) != 1 and x.shape[-1] != 1:

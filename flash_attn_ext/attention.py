@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from .autograd import Lengths, Options, attention, varlen_attention
+from .autograd import CAUSAL, PLAIN, Lengths, Options, attention, varlen_attention
 from .errors import UnsupportedError
 from .merge import apply_sink
 
@@ -153,7 +153,7 @@ def flash_attn_func(
     sink = _sink(s_aux, learnable_sink, q, return_attn_probs)
     if out is not None:
         _checks.output(out, q, v.shape[-1], k, v, sink)
-    q, k, v = map(_checks.last_dim_contiguous, (q, k, v))
+    q, k, v = _checks.last_dims_contiguous(q, k, v)
     result = attention(q, k, v, alibi_slopes, options, deterministic, out)
     return _result(*result, sink, out is not None, return_softmax_lse, return_attn_probs)
 
@@ -390,7 +390,7 @@ def flash_attn_varlen_func(
     sink = _sink(s_aux, learnable_sink, q, return_attn_probs)
     if out is not None:
         _checks.output(out, q, v.shape[-1], k, v, sink)
-    q, k, v = map(_checks.last_dim_contiguous, (q, k, v))
+    q, k, v = _checks.last_dims_contiguous(q, k, v)
     result = varlen_attention(
         q, k, v, lengths, page_table, alibi_slopes, options, deterministic, out
     )
@@ -540,7 +540,9 @@ def _options(
     num_splits: int,
     sm_margin: int,
 ) -> Options:
-    """Checked scalars with their defaults filled in."""
+    """Checked scalars."""
+    if softmax_scale is None and _is_plain(window_size, softcap, dropout_p, num_splits, sm_margin):
+        return CAUSAL if causal else PLAIN
     softmax_scale, softcap, dropout_p = _checks.scores(softmax_scale, softcap, dropout_p)
     window_left, window_right = _checks.window(causal, window_size)
     _checks.splits(num_splits, sm_margin)
@@ -556,6 +558,27 @@ def _options(
         num_splits,
         sm_margin,
     )
+
+
+def _is_plain(
+    window_size: Any, softcap: Any, dropout_p: Any, num_splits: Any, sm_margin: Any
+) -> bool:
+    """True only if all of these have their types and mean what is the default: most calls."""
+    if (
+        type(softcap) is not float
+        or type(dropout_p) is not float
+        or type(num_splits) is not int
+        or type(sm_margin) is not int
+        or softcap != 0.0
+        or dropout_p != 0.0
+        or num_splits != 0
+        or sm_margin != 0
+    ):
+        return False
+    if type(window_size) is not tuple or len(window_size) != 2:
+        return window_size is None
+    left, right = window_size
+    return type(left) is int and type(right) is int and left < 0 and right < 0
 
 
 def _sink(

@@ -306,5 +306,25 @@ def test_window_normalisation() -> None:
     assert _checks.window(False, [3, 5]) == (3, 5)
 
 
+@pytest.mark.parametrize(
+    "scalars",
+    [
+        {},
+        {"window_size": None},
+        {"window_size": [-1, -1]},
+        {"window_size": (None, -7)},
+        {"softcap": 0, "dropout_p": False, "num_splits": False},
+        {"softmax_scale": 8**-0.5},
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_spellings_of_a_plain_call(causal: bool, scalars: dict[str, Any]) -> None:
+    q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
+    plain = flash_attn_ext.flash_attn_func(q, k, v, causal=causal)
+    spelled = flash_attn_ext.flash_attn_func(q, k, v, causal=causal, **scalars)
+    assert torch.equal(plain, spelled)
+
+
 def test_max_seqlen_as_tensor() -> None:
     assert _checks.max_seqlen("max_seqlen_q", torch.tensor(7, dtype=torch.int32)) == 7
