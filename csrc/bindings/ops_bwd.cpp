@@ -23,7 +23,7 @@ void check_results(const BwdArgs& args, const Problem& p) {
   const int64_t rank = a.q.dim();
   const auto check_like_out = [&](const char* name, const Tensor& t) {
     check_place(name, t, a.q, rank);
-    check_dtype(name, t, a.q.scalar_type());
+    check_dtype(name, t, a.q);
     for (int64_t i = 0; i + 1 < rank; ++i) check_size(name, t, i, a.q.size(i));
     check_size(name, t, rank - 1, p.head_dim_v);
   };
@@ -45,12 +45,12 @@ struct Workspace {
 Workspace new_workspace(const Tensor& q, const Problem& p, int tile_m) {
   const int64_t rows = bwd_dq_accum_rows(p.varlen, p.batch_size, p.seqlen_q, p.total_q, tile_m);
   const int built = built_head_dim(max(p.head_dim, p.head_dim_v));
-  Workspace w{torch::stable::new_zeros(q, {bwd_dq_accum_elements(rows, p.num_heads_q, built)},
-                                       ScalarType::Float),
-              std::nullopt};
+  Workspace w{
+      zero_tensor(q, {bwd_dq_accum_elements(rows, p.num_heads_q, built)}, ScalarType::Float),
+      std::nullopt};
   if (p.deterministic)
-    w.dq_semaphore = torch::stable::new_zeros(q, {bwd_dq_semaphores(rows, p.num_heads_q, tile_m)},
-                                              ScalarType::Int);
+    w.dq_semaphore =
+        zero_tensor(q, {bwd_dq_semaphores(rows, p.num_heads_q, tile_m)}, ScalarType::Int);
   return w;
 }
 
@@ -62,7 +62,7 @@ Gradients launch_bwd(const PlannedKernel& kernel, const BwdArgs& args, const Pro
   const AttentionArgs& a = args.attention;
   check_results(args, problem);
   if (a.q.numel() == 0 || a.k.numel() == 0) {  // nobody sees a key
-    const auto zeros = [](const Tensor& t) { return torch::stable::new_zeros(t, t.sizes()); };
+    const auto zeros = [](const Tensor& t) { return zero_tensor(t, Shape(t)); };
     return {zeros(a.q), zeros(a.k), zeros(a.v)};
   }
   BwdParams p{};
@@ -122,8 +122,8 @@ PlannedKernel plan_bwd(const Problem& problem, int device_index) {
 Gradients bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
               const Tensor& out, const Tensor& lse, const OptionalTensor& dlse,
               const OptionalTensor& alibi_slopes, const OptionalTensor& rng_state,
-              double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
-              double dropout_p, bool deterministic, int64_t sm_margin) {
+              std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
+              double softcap, double dropout_p, bool deterministic, int64_t sm_margin) {
   const ScoreArgs scores{alibi_slopes, rng_state, softmax_scale, window_left,
                          window_right, softcap,   dropout_p};
   const BwdArgs args{dout,          out,      lse, dlse, {q, k, v, nullptr, nullptr, scores},
@@ -143,9 +143,9 @@ Gradients varlen_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const
                      const Tensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                      const OptionalTensor& seqused_q, const OptionalTensor& seqused_k,
                      int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& alibi_slopes,
-                     const OptionalTensor& rng_state, double softmax_scale, int64_t window_left,
-                     int64_t window_right, double softcap, double dropout_p, bool deterministic,
-                     int64_t sm_margin) {
+                     const OptionalTensor& rng_state, std::optional<double> softmax_scale,
+                     int64_t window_left, int64_t window_right, double softcap, double dropout_p,
+                     bool deterministic, int64_t sm_margin) {
   const LengthArgs lengths{cu_seqlens_q, cu_seqlens_k, seqused_q,
                            seqused_k,    max_seqlen_q, max_seqlen_k};
   const ScoreArgs scores{alibi_slopes, rng_state, softmax_scale, window_left,
