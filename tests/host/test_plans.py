@@ -381,7 +381,6 @@ def test_bad_arguments(
         explain(*args, **options)
 
 
-SM90_FORWARD = ("bf16", "head_dim 64", "causal", "window", "GQA", "varlen")
 ARCHS = ["sm80", "sm86", "sm89", "sm90", "sm100", "sm120"]
 
 
@@ -398,9 +397,8 @@ def test_support_table(with_introspect: ModuleType) -> None:
         ):
             assert found == ["PyTorch"] * 6, row
         else:
-            own = SM90_FORWARD if row["family"] == "fwd" else not attention and row["feature"]
-            newest = [arch == "sm90" and bool(own) and row["feature"] in own for arch in ARCHS]
-            assert found == ["_sm90" if is_own else "_sm80" for is_own in newest], row
+            own = row["family"] != "bwd" and row["feature"] != "dmask"
+            assert found == ["_sm90" if own and a == "sm90" else "_sm80" for a in ARCHS], row
 
 
 def test_support_markdown(with_introspect: ModuleType) -> None:
