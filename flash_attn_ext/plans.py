@@ -364,7 +364,12 @@ _ROTARY_FEATURES = {
     "interleaved rotary": {"rotary_dim": 128, "rotary_interleaved": True},
 }
 FEATURES: dict[str, dict[str, dict[str, Any]]] = {
-    "fwd": {**_ATTENTION_FEATURES, "dropout": {"dropout": True}, "paged": {"page_size": 16}},
+    "fwd": {
+        **_ATTENTION_FEATURES,
+        "dropout": {"dropout": True},
+        "S_dmask": {"dropout": True, "dmask": True},
+        "paged": {"page_size": 16},
+    },
     "bwd": {
         **_ATTENTION_FEATURES,
         "dropout": {"dropout": True},

@@ -55,6 +55,7 @@ std::tuple<Tensor, Tensor> launch_fwd(const FwdKernel& kernel, const FwdArgs& ar
   const Problem& problem = kernel.problem;
   FwdParams p{};
   fill_common(p, a, problem, kernel.planned.plan);
+  p.sm90_tile = kernel.planned.plan.sm90_tile;
   p.sm_margin = to_int("sm_margin", args.sm_margin);
 
   Tensor lse = new_lse(a.q, problem);
@@ -78,11 +79,6 @@ std::tuple<Tensor, Tensor> launch_fwd(const FwdKernel& kernel, const FwdArgs& ar
   p.k_strides = strides_of(k);
   p.v_strides = strides_of(v);
   p.out_strides = strides_of(written);
-  OptionalTensor workspace;
-  if (const int64_t bytes = kernel.planned.plan.workspace_bytes; bytes > 0) {
-    workspace = new_tensor(a.q, {bytes / int64_t{sizeof(int)}}, ScalarType::Int);
-    p.next_tile = static_cast<int*>(workspace->data_ptr());
-  }
   const Backend& backend = *kernel.planned.backend;
   launch(backend, backend.fwd, p, a.device_index());
   store_rows(written, out);

@@ -12,7 +12,6 @@ ALL = ["sm80", "sm89", "sm90"]
 ROW_FAMILIES = ("combine", "bwd_preprocess", "rotary", "append_kv")
 ATTENTION = ("fwd", "bwd")
 BUILT = (64, 96, 128, 192, 256)
-SM90_FWD = (64, 128)
 DEVICES = {
     "a100": (8, 0, 108, 163),
     "rtx3090": (8, 6, 82, 99),
@@ -78,7 +77,7 @@ def test_instances_of_this_version(introspect: ModuleType) -> None:
     expected = {
         *itertools.product(("sm80", "sm90"), ROW_FAMILIES, row_types, (0,)),
         *itertools.product(("sm80",), ATTENTION, ("fp16", "bf16"), BUILT),
-        *itertools.product(("sm90",), ("fwd",), ("bf16",), SM90_FWD),
+        *itertools.product(("sm90",), ("fwd",), ("fp16", "bf16"), BUILT),
     }
     found = {(row["arch"], row["family"], row["dtype"], row["head_dim"]) for row in rows}
     assert found == expected
@@ -140,46 +139,73 @@ def test_attention_on_each_device(introspect: ModuleType, device: str, family: s
         assert len(plan["reasons"]) == (major == 9 or (major, minor) == (8, 9))
 
 
-@pytest.mark.parametrize("window", [{}, {"window_right": 0}, {"window_left": 64}], ids=str)
-@pytest.mark.parametrize("head_dim", SM90_FWD)
+SCORE_MODS = [
+    {"softcap": True},
+    {"alibi": True},
+    {"dropout": True},
+    {"positive_scale": False},
+]
+
+
+@pytest.mark.parametrize("head_dim", BUILT)
 @pytest.mark.parametrize("device", ["h100", "h200"])
-def test_sm90_fwd(
-    introspect: ModuleType, device: str, head_dim: int, window: dict[str, int]
-) -> None:
-    """One persistent CTA to an SM at most, which count their tiles in the workspace."""
-    sizes = {"head_dim": head_dim - 24, "head_dim_v": head_dim, "seqlen_q": 1000, **window}
-    tile = introspect.fwd_tile_config("sm90", head_dim, bool(window))
-    for batch_size, varlen in itertools.product((1, 40), (False, True)):
-        fields = problem("fwd", batch_size=batch_size, varlen=varlen, total_q=3000, **sizes)
+def test_sm90_fwd(introspect: ModuleType, device: str, head_dim: int) -> None:
+    """One persistent CTA to an SM at most."""
+    sizes = {"head_dim": head_dim - 24, "head_dim_v": head_dim, "seqlen_q": 1000}
+    for batch_size, varlen, options in itertools.product(
+        (1, 40), (False, True), ({}, {"window_right": 0}, {"window_left": 64}, *SCORE_MODS)
+    ):
+        fields = problem(
+            "fwd", batch_size=batch_size, varlen=varlen, total_q=3000, **sizes, **options
+        )
         plan = introspect.make_plan(fields, device, ALL)
         assert plan["kernel"] == f"sm90_fwd_hdim{head_dim}_bf16"
         assert (plan["library"], plan["tiles"], plan["reasons"]) == ("_sm90", "sm90", [])
-        assert plan["tile"] == (tile["tile_m"], tile["tile_n"])
+        which = ["score_mod"] if options in SCORE_MODS else ["tall", "fine"]
+        tiles = [introspect.sm90_fwd_tile_config(head_dim, head_dim, w) for w in which]
+        (tile,) = [t for t in tiles if plan["tile"] == (t["tile_m"], t["tile_n"])][:1]
         assert plan["num_threads"] == tile["num_threads"]
-        assert plan["smem_bytes"] == tile["smem_bytes"] + 1024
+        assert plan["smem_bytes"] == tile["smem_bytes"]
         per_head = 3000 // tile["tile_m"] + batch_size + 1
-        tiles = 4 * (per_head if varlen else batch_size * -(-1000 // tile["tile_m"]))
-        assert plan["num_ctas"] == min(tiles, 132)
-        assert plan["workspace_bytes"] == 4
+        num_tiles = 4 * (per_head if varlen else batch_size * -(-1000 // tile["tile_m"]))
+        assert plan["num_ctas"] == min(num_tiles, 132)
+        assert plan["workspace_bytes"] == 0
 
 
 @pytest.mark.parametrize(
-    ("fields", "what"),
+    ("head_dim", "batch_size", "seqlen", "options", "expected"),
     [
-        ({"softcap": True}, "softcap"),
-        ({"alibi": True}, "alibi"),
-        ({"dropout": True}, "dropout"),
-        ({"dmask": True}, "dmask"),
-        ({"positive_scale": False}, "softmax_scale <= 0"),
+        (128, 8, 2048, {}, "tall"),
+        (128, 32, 512, {}, "fine"),  # 192 rows leave a quarter of a tile empty
+        (128, 1, 8192, {"num_heads_q": 2}, "fine"),  # 86 tall tiles for 132 SMs
+        (128, 8, 2048, {"window_right": 0}, "fine"),
+        (128, 8, 2048, {"window_left": 256}, "fine"),
+        (96, 8, 2048, {"window_right": 0}, "tall"),
+        (96, 8, 2048, {"window_right": 0, "window_left": 256}, "fine"),
+        (96, 32, 512, {"window_right": 0}, "fine"),
     ],
 )
-def test_what_sm90_fwd_leaves_to_sm80(
-    introspect: ModuleType, fields: dict[str, bool], what: str
+def test_sm90_fwd_tile(
+    introspect: ModuleType,
+    head_dim: int,
+    batch_size: int,
+    seqlen: int,
+    options: dict[str, int],
+    expected: str,
 ) -> None:
-    plan = introspect.make_plan(problem("fwd", **fields), "h100", ALL)
+    """Tall tiles read fewer keys; fine ones waste less on borders and where few tiles are left."""
+    sizes = {"head_dim": head_dim, "head_dim_v": head_dim, "batch_size": batch_size}
+    heads = {"num_heads_q": 16, "num_heads_kv": 1}
+    lengths = {"seqlen_q": seqlen, "seqlen_k": seqlen}
+    fields = problem("fwd", **{**sizes, **heads, **lengths, **options})
+    tile = introspect.sm90_fwd_tile_config(head_dim, head_dim, expected)
+    assert introspect.make_plan(fields, "h100", ALL)["tile"] == (tile["tile_m"], tile["tile_n"])
+
+
+def test_what_sm90_fwd_leaves_to_sm80(introspect: ModuleType) -> None:
+    plan = introspect.make_plan(problem("fwd", dmask=True), "h100", ALL)
     assert plan["kernel"] == "sm80_fwd_hdim128_bf16"
-    assert plan["reasons"] == [f"sm90: {what}: its fwd computes plain scores only"]
-    assert plan["workspace_bytes"] == 0
+    assert plan["reasons"] == ["sm90: dmask: its fwd writes no dropout mask"]
 
 
 @pytest.mark.parametrize("family", ATTENTION)
