@@ -49,6 +49,7 @@ class Step:
         num_ctas: CTAs of the launch.
         num_stages: buffers in flight.
         num_splits: partial results to each row.
+        head_splits: CTAs that share the query heads of a key/value head (backward).
         smem_bytes: dynamic shared memory of a CTA.
         workspace_bytes: global memory beside inputs and outputs; None where it is not planned.
         reasons: one sentence for each library that was refused.
@@ -65,6 +66,7 @@ class Step:
     num_ctas: int | None = None
     num_stages: int | None = None
     num_splits: int | None = None
+    head_splits: int = 1
     smem_bytes: int | None = None
     workspace_bytes: int | None = None
     reasons: tuple[str, ...] = ()
@@ -80,6 +82,7 @@ class Step:
                 f"{self.num_ctas} CTAs, {self.num_stages} stage(s), {self.num_splits} split(s), "
                 f"{self.smem_bytes} B of shared memory, workspace {self.workspace_bytes} B"
                 f"{', copies rows first' if self.copies_rows else ''}"
+                f"{f', grouped heads shared by {n} CTAs' if (n := self.head_splits) > 1 else ''}"
             )
         elif self.backend == TORCH_TILED:
             what = f"PyTorch operations (backends/torch_tiled.py){tile}"

@@ -159,6 +159,7 @@ py::dict plan_to_dict(const py::dict& problem, const py::object& device,
   d["num_splits"] = plan.num_splits;
   d["vectorized"] = plan.vectorized;
   d["smem_bytes"] = plan.smem_bytes;
+  d["head_splits"] = plan.head_splits;
   d["workspace_bytes"] = plan.workspace_bytes;
   return d;
 }

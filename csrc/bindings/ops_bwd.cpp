@@ -36,22 +36,36 @@ void check_results(const BwdArgs& args, const Problem& p) {
   check_size("lse", args.lse, rank - 2, p.varlen ? p.total_q : p.seqlen_q);
 }
 
-// The kernel adds dQ up in fp32, in tiles of its own.
+// The kernel adds dQ up in fp32, in tiles of its own; and dK and dV, if CTAs share heads.
 struct Workspace {
   Tensor dq_accum;
-  OptionalTensor dq_semaphore;
+  OptionalTensor dq_semaphore, dk_accum, dv_accum, dkv_semaphore;
 };
 
-Workspace new_workspace(const Tensor& q, const Problem& p, int tile_m) {
-  const int64_t rows = bwd_dq_accum_rows(p.varlen, p.batch_size, p.seqlen_q, p.total_q, tile_m);
+Workspace new_workspace(const Tensor& q, const Problem& p, const BwdParams& params,
+                        const Plan& plan) {
+  const int64_t rows =
+      bwd_dq_accum_rows(p.varlen, p.batch_size, p.seqlen_q, p.total_q, plan.tile_m);
   const int built = built_head_dim(max(p.head_dim, p.head_dim_v));
-  Workspace w{
-      zero_tensor(q, {bwd_dq_accum_elements(rows, p.num_heads_q, built)}, ScalarType::Float),
-      std::nullopt};
+  const auto zeros = [&](int64_t size, ScalarType type) { return zero_tensor(q, {size}, type); };
+  Workspace w{zeros(bwd_dq_accum_elements(rows, p.num_heads_q, built), ScalarType::Float)};
   if (p.deterministic)
-    w.dq_semaphore =
-        zero_tensor(q, {bwd_dq_semaphores(rows, p.num_heads_q, tile_m)}, ScalarType::Int);
+    w.dq_semaphore = zeros(bwd_dq_semaphores(rows, p.num_heads_q, plan.tile_m), ScalarType::Int);
+  if (plan.head_splits > 1) {
+    const int64_t heads = int64_t{params.total_k} * p.num_heads_kv;
+    w.dk_accum = zeros(heads * params.head_dim, ScalarType::Float);
+    w.dv_accum = zeros(heads * params.head_dim_v, ScalarType::Float);
+    if (p.deterministic)
+      w.dkv_semaphore = zeros(bwd_dkv_semaphores(p.varlen, p.batch_size, p.seqlen_k, p.total_k,
+                                                 p.num_heads_kv, plan.tile_n),
+                              ScalarType::Int);
+  }
   return w;
+}
+
+template <class T>
+T* data_of(const OptionalTensor& tensor) {
+  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
 Tensor contiguous_rows(const Tensor& t) {
@@ -72,12 +86,15 @@ Gradients launch_bwd(const PlannedKernel& kernel, const BwdArgs& args, const Pro
   const Tensor lse = args.lse.is_contiguous() ? args.lse : torch::stable::contiguous(args.lse);
   const Tensor contiguous_dout = contiguous_rows(args.dout);
   const Tensor delta = bwd_preprocess(contiguous_rows(args.out), contiguous_dout, args.dlse);
-  const Workspace workspace = new_workspace(a.q, problem, kernel.plan.tile_m);
+  p.head_splits = kernel.plan.head_splits;
+  const Workspace workspace = new_workspace(a.q, problem, p, kernel.plan);
   p.lse = static_cast<const float*>(lse.data_ptr());
   p.delta = static_cast<const float*>(delta.data_ptr());
   p.dq_accum = static_cast<float*>(workspace.dq_accum.data_ptr());
-  if (workspace.dq_semaphore)
-    p.dq_semaphore = static_cast<int*>(workspace.dq_semaphore->data_ptr());
+  p.dq_semaphore = data_of<int>(workspace.dq_semaphore);
+  p.dk_accum = data_of<float>(workspace.dk_accum);
+  p.dv_accum = data_of<float>(workspace.dv_accum);
+  p.dkv_semaphore = data_of<int>(workspace.dkv_semaphore);
 
   const Tensor dout = readable_rows(contiguous_dout);
   const Tensor q = readable_rows(a.q), k = readable_rows(a.k), v = readable_rows(a.v);

@@ -102,12 +102,22 @@ Plan tile_of(Arch arch, const Problem& p, const DeviceFacts& device) {
   return p.family == Family::kFwd ? fwd_tile_of(arch, p, device) : bwd_tile_of(arch, p, device);
 }
 
-// dQ in fp32, and the turns of its additions.
-int64_t bwd_workspace_bytes(const Problem& p, int tile_m) {
-  const int64_t rows = bwd_dq_accum_rows(p.varlen, p.batch_size, p.seqlen_q, p.total_q, tile_m);
-  const int64_t elements = bwd_dq_accum_elements(rows, p.num_heads_q, built_size(p));
-  const int64_t semaphores = p.deterministic ? bwd_dq_semaphores(rows, p.num_heads_q, tile_m) : 0;
-  return elements * int64_t{sizeof(float)} + semaphores * int64_t{sizeof(int)};
+// dQ in fp32, and the turns of its additions; dK and dV likewise if CTAs share heads.
+int64_t bwd_workspace_bytes(const Problem& p, const Plan& plan) {
+  const int64_t rows =
+      bwd_dq_accum_rows(p.varlen, p.batch_size, p.seqlen_q, p.total_q, plan.tile_m);
+  int64_t elements = bwd_dq_accum_elements(rows, p.num_heads_q, built_size(p));
+  int64_t semaphores = bwd_dq_semaphores(rows, p.num_heads_q, plan.tile_m);
+  if (plan.head_splits > 1) {
+    const int64_t total_k = p.varlen ? p.total_k : int64_t{p.batch_size} * p.seqlen_k;
+    const int head_dims =
+        round_up(p.head_dim, kVectorElements) + round_up(p.head_dim_v, kVectorElements);
+    elements += total_k * p.num_heads_kv * head_dims;
+    semaphores += bwd_dkv_semaphores(p.varlen, p.batch_size, p.seqlen_k, p.total_k, p.num_heads_kv,
+                                     plan.tile_n);
+  }
+  return elements * int64_t{sizeof(float)} +
+         (p.deterministic ? semaphores : 0) * int64_t{sizeof(int)};
 }
 
 }  // namespace
@@ -146,8 +156,14 @@ Plan attention_plan(Arch arch, const Problem& p, const DeviceFacts& device) {
     // SM90's is persistent: at most one CTA to an SM, which share out the tiles.
     if (arch == Arch::kSm90) plan.num_ctas = min<int64_t>(plan.num_ctas, device.num_sms);
   } else {
-    plan.num_ctas = num_tiles_k(p, plan.tile_n) * p.num_heads_kv;
-    plan.workspace_bytes = bwd_workspace_bytes(p, plan.tile_m);
+    const int64_t tiles = num_tiles_k(p, plan.tile_n) * p.num_heads_kv;
+    if (arch == Arch::kSm80) {
+      const int ctas_per_sm = plan.num_threads <= 128 ? 2 : 1;
+      plan.head_splits = bwd_head_splits(tiles, int64_t{device.num_sms} * ctas_per_sm,
+                                         p.num_heads_q / max(p.num_heads_kv, 1));
+    }
+    plan.num_ctas = tiles * plan.head_splits;
+    plan.workspace_bytes = bwd_workspace_bytes(p, plan);
   }
   return plan;
 }

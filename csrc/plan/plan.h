@@ -42,6 +42,7 @@ struct Plan {
   int num_threads = 0;  // of a CTA
   int64_t num_ctas = 0;
   int num_splits = 1;           // partial results per row
+  int head_splits = 1;          // bwd: CTAs that share the query heads of a KV head
   bool vectorized = false;      // rows are read and written 16 bytes at a time; attention: as they
                                 // are, else the binder copies what is not aligned or padded
   int smem_bytes = 0;           // dynamic, of a CTA

@@ -236,9 +236,41 @@ def test_attention_grid(introspect: ModuleType, device: str) -> None:
         ):
             plan = introspect.make_plan(problem(family, **fixed), device, ALL)
             tile = plan["tile"][family == "bwd"]
-            assert plan["num_ctas"] == -(-fixed[rows] // tile) * heads * batch_size
+            shares = 3 if family == "bwd" else 1  # so few tiles of keys: a CTA for each query head
+            assert plan["head_splits"] == shares
+            assert plan["num_ctas"] == -(-fixed[rows] // tile) * heads * shares * batch_size
             plan = introspect.make_plan(problem(family, **varlen), device, ALL)
-            assert plan["num_ctas"] == (totals[total] // tile + batch_size + 1) * heads
+            assert plan["num_ctas"] == (totals[total] // tile + batch_size + 1) * heads * shares
+
+
+@pytest.mark.parametrize(
+    ("num_heads_q", "num_heads_kv", "batch_size", "seqlen_k", "expected"),
+    [
+        (32, 8, 2, 8192, 1),  # 1024 tiles of keys for 132 SMs
+        (32, 8, 2, 2048, 4),  # 256: four CTAs share them, one for each query head
+        (16, 1, 2, 4096, 16),
+        (12, 2, 2, 16384, 2),  # 512: two are enough
+        (16, 16, 1, 128, 1),  # nothing to share
+    ],
+)
+def test_bwd_head_splits(
+    introspect: ModuleType,
+    num_heads_q: int,
+    num_heads_kv: int,
+    batch_size: int,
+    seqlen_k: int,
+    expected: int,
+) -> None:
+    """dK and dV are added up in fp32, as large as K and V, where CTAs share query heads."""
+    sizes = {"batch_size": batch_size, "seqlen_q": 200, "seqlen_k": seqlen_k}
+    heads = {"num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv}
+    plan = introspect.make_plan(problem("bwd", **sizes, **heads), "h100", ["sm80"])
+    tile_m, tile_n = plan["tile"]
+    tiles = batch_size * -(-seqlen_k // tile_n) * num_heads_kv
+    assert (plan["head_splits"], plan["num_ctas"]) == (expected, tiles * expected)
+    dq_accum = batch_size * -(-200 // tile_m) * tile_m * num_heads_q * 128 * 4
+    dkv_accum = 2 * batch_size * seqlen_k * num_heads_kv * 128 * 4
+    assert plan["workspace_bytes"] == dq_accum + (dkv_accum if expected > 1 else 0)
 
 
 @pytest.mark.parametrize("head_dim", BUILT)

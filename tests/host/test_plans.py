@@ -146,6 +146,7 @@ class PlannedEverything:
             "num_threads": 256,
             "num_ctas": 77,
             "num_splits": 3,
+            "head_splits": 1,
             "vectorized": True,
             "smem_bytes": 1024,
             "workspace_bytes": 4096,
@@ -187,7 +188,8 @@ def test_problem_of_every_option(planned: PlannedEverything) -> None:
     slopes = torch.zeros(32)
     explain(
         Q, KV, (2, 4096, 8, 64), dtype=torch.float16, arch="h100", softcap=3.0, alibi_slopes=slopes,
-        dropout_p=0.5, return_attn_probs=True, deterministic=True, num_splits=7, window_size=(None, 5),
+        dropout_p=0.5, return_attn_probs=True, deterministic=True, num_splits=7,
+        window_size=(None, 5),
     )  # fmt: skip
     problem, device, built = planned.asked[0]
     assert (device, built) == ("h100", ["sm80", "sm90"])
