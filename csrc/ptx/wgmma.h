@@ -93,6 +93,24 @@ FA_DEVICE void wgmma_fence_operand(float (&d)[kN][4]) {
       : FA_ACCUM_##count                                                           \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc))
 
+// The same where k runs along the rows of a and b in shared memory, and where b of a product with a
+// in registers has consecutive k.
+#define FA_WGMMA_SS_MN(n, count, types, a, b, p)                                            \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p                                        \
+               ", 0;\n"                                                                     \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." types " {" FA_REGS_##count \
+               "}, " a ", " b ", p, 1, 1, 1, 1;\n}"                                         \
+               : FA_ACCUM_##count                                                           \
+               : "l"(a_desc), "l"(b_desc), "r"(static_cast<int>(accumulate)))
+#define FA_WGMMA_RS_K(n, count, types, a0, a1, a2, a3, b, p)                                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p                                        \
+               ", 0;\n"                                                                     \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." types " {" FA_REGS_##count \
+               "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", p, 1, 1, 0;\n}"                 \
+               : FA_ACCUM_##count                                                           \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc),                   \
+                 "r"(static_cast<int>(accumulate)))
+
 // a and b from shared memory, both with consecutive k; d = a b if not accumulate. Descriptors:
 // tile/smem_tile_sm90.h.
 template <class T, int kN>
@@ -124,6 +142,47 @@ FA_DEVICE void wgmma_m64k16_rs(float (&d)[kN][4], const uint32_t (&a)[4], uint64
     FA_WGMMA_RS(128, 64, "bf16.bf16", "%64", "%65", "%66", "%67", "%68");
 }
 
+// Of the backward: wgmma_fence_operand() without loops, which the compiler leaves rolled in places,
+// with d in local memory.
+template <int kN>
+FA_DEVICE void wgmma_pin(float (&d)[kN][4]) {
+  static_assert(kN == 8 || kN == 16, "write the operand list of this n");
+  if constexpr (kN == 8) asm volatile("" : FA_ACCUM_32::"memory");
+  if constexpr (kN == 16) asm volatile("" : FA_ACCUM_64::"memory");
+}
+
+// Of the backward: a [k, 64] and b [k, n] from shared memory, rows of consecutive columns.
+template <class T, int kN>
+FA_DEVICE void wgmma_m64k16_ss_mn(float (&d)[kN][4], uint64_t a_desc, uint64_t b_desc,
+                                  bool accumulate) {
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  static_assert(kN == 8 || kN == 16, "write the operand list of this n");
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  if constexpr (kN == 8 && kHalf) FA_WGMMA_SS_MN(64, 32, "f16.f16", "%32", "%33", "%34");
+  if constexpr (kN == 8 && !kHalf) FA_WGMMA_SS_MN(64, 32, "bf16.bf16", "%32", "%33", "%34");
+  if constexpr (kN == 16 && kHalf) FA_WGMMA_SS_MN(128, 64, "f16.f16", "%64", "%65", "%66");
+  if constexpr (kN == 16 && !kHalf) FA_WGMMA_SS_MN(128, 64, "bf16.bf16", "%64", "%65", "%66");
+}
+
+// Of the backward: a from registers, b [n, k] from shared memory, with consecutive k.
+template <class T, int kN>
+FA_DEVICE void wgmma_m64k16_rs_k(float (&d)[kN][4], const uint32_t (&a)[4], uint64_t b_desc,
+                                 bool accumulate) {
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  static_assert(kN == 8 || kN == 16, "write the operand list of this n");
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  if constexpr (kN == 8 && kHalf)
+    FA_WGMMA_RS_K(64, 32, "f16.f16", "%32", "%33", "%34", "%35", "%36", "%37");
+  if constexpr (kN == 8 && !kHalf)
+    FA_WGMMA_RS_K(64, 32, "bf16.bf16", "%32", "%33", "%34", "%35", "%36", "%37");
+  if constexpr (kN == 16 && kHalf)
+    FA_WGMMA_RS_K(128, 64, "f16.f16", "%64", "%65", "%66", "%67", "%68", "%69");
+  if constexpr (kN == 16 && !kHalf)
+    FA_WGMMA_RS_K(128, 64, "bf16.bf16", "%64", "%65", "%66", "%67", "%68", "%69");
+}
+
+#undef FA_WGMMA_RS_K
+#undef FA_WGMMA_SS_MN
 #undef FA_WGMMA_RS
 #undef FA_WGMMA_SS
 #undef FA_ACCUM_64
