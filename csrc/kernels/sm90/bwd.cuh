@@ -44,6 +44,12 @@
 #ifndef BWD_STAGES
 #define BWD_STAGES 2
 #endif
+#ifndef BWD_END_WAIT
+#define BWD_END_WAIT 1
+#endif
+#ifndef BWD_MID_WAIT
+#define BWD_MID_WAIT 1
+#endif
 #ifndef BWD_EARLY_DP
 #define BWD_EARLY_DP 0
 #endif
@@ -422,7 +428,11 @@ struct BwdConsumer {
   FA_DEVICE void step(Gradient& acc_dk, Gradient& acc_dv, Operand& dscores, Scores& acc_s,
                       const Kept& kept_k, const Kept& kept_v, const BwdTile& tile, BwdStep& step,
                       bool has_previous, bool is_last) {
+#if BWD_SHARE
+    Scores& acc_dp = acc_s;
+#else
     Scores acc_dp;
+#endif
 #if BWD_EARLY_DP
     dout.wait_full();
     clear_stream_behind(tile, step, Layout::smem_dout(smem, dout.stage));
@@ -438,7 +448,8 @@ struct BwdConsumer {
                  Layout::smem_dout(smem, dout.stage));
 #endif
     accumulate(acc_dv, probs, Layout::smem_dout(smem, dout.stage));
-    ptx::wgmma_wait_group<1>();  // dP is complete, and dK of the tile before
+    ptx::wgmma_wait_group<BWD_MID_WAIT>();  // dP is complete, and dK of the tile before
+    if (BWD_MID_WAIT == 0) ptx::wgmma_pin(acc_dv.x[0]);
     ptx::wgmma_pin(acc_dp.x[0]);
     if (has_previous) release_previous_q();
     to_dscores(dscores, probs, acc_dp, statistics + Layout::kStatisticBytes);
@@ -455,8 +466,9 @@ struct BwdConsumer {
     ptx::wgmma_wait_group<2>();  // dV is complete, dO read
     release_by_warp(dout, lane);
     dout.advance();
-    ptx::wgmma_wait_group<1>();  // S is complete
+    ptx::wgmma_wait_group<BWD_END_WAIT>();  // S is complete
     ptx::wgmma_pin(acc_s.x[0]);
+    if (BWD_END_WAIT == 0) ptx::wgmma_pin(acc_dk.x[0]);
     q = next;
   }
 
@@ -686,20 +698,21 @@ cudaError_t encode_bwd_tensor_maps(const BwdParams& p, BwdLaunch& launch) {
 }
 
 template <class T, int kHeadDim>
-int launch_bwd(const BwdParams& p, cudaStream_t stream) {
+int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream) {
   using Layout = BwdLayout<T, kHeadDim>;
   constexpr auto kKernel = bwd_kernel<T, kHeadDim>;
-  // Varlen tensors have the rest behind the last sequence as well.
-  const int num_sequences =
-      p.batch_size + (p.seqlens_q.cu_seqlens || p.seqlens_k.cu_seqlens ? 1 : 0);
   const TileGrid grid{max(1, ceil_div(p.seqlens_k.max_seqlen, Layout::kTileN)), p.num_heads_kv,
                       num_sequences};
   if (grid.size() == 0) return cudaSuccess;
   const int heads_per_kv = p.num_heads_q / p.num_heads_kv;
   const int64_t stream_bytes = int64_t{heads_per_kv} * p.seqlens_q.max_seqlen *
                                (2 * (p.head_dim + p.head_dim_v) + 4 * kHeadDim);
+  int64_t group_bytes = kBwdL2GroupBytes;
+#ifdef BWD_EXPERIMENT
+  if (getenv("BWD_L2")) group_bytes = int64_t{atoi(getenv("BWD_L2"))} << 20;
+#endif
   BwdLaunch launch;
-  launch.order = TileOrder::of(grid, false, l2_group_size(stream_bytes, 1, kBwdL2GroupBytes));
+  launch.order = TileOrder::of(grid, false, l2_group_size(stream_bytes, 1, group_bytes));
   launch.num_tiles = static_cast<int>(grid.size());
   launch.heads_per_kv = heads_per_kv;
   launch.scale_log2 = p.score.softmax_scale * kLog2e;
@@ -709,11 +722,22 @@ int launch_bwd(const BwdParams& p, cudaStream_t stream) {
   if (error == cudaSuccess) error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
   if (error != cudaSuccess) return error;
   // Equal tiles are dealt out; others go to whichever SM is free.
-  const bool equal = mask_kind(p.score.window_left, p.score.window_right) == MaskKind::kFull &&
-                     num_sequences == p.batch_size;
+  bool equal = mask_kind(p.score.window_left, p.score.window_right) == MaskKind::kFull &&
+               num_sequences == p.batch_size;
+#ifdef BWD_EXPERIMENT
+  if (getenv("BWD_PERSIST")) equal = atoi(getenv("BWD_PERSIST"));
+#endif
   num_ctas = equal ? min(launch.num_tiles, num_ctas) : launch.num_tiles;
   kKernel<<<num_ctas, Layout::kThreads, Layout::kSmemBytes, stream>>>(p, launch);
-  error = cudaGetLastError();
+  return cudaGetLastError();
+}
+
+template <class T, int kHeadDim>
+int launch_bwd(const BwdParams& p, cudaStream_t stream) {
+  // Varlen tensors have the rest behind the last sequence as well.
+  const int num_sequences =
+      p.batch_size + (p.seqlens_q.cu_seqlens || p.seqlens_k.cu_seqlens ? 1 : 0);
+  const int error = launch_bwd_kernel<T, kHeadDim>(p, num_sequences, stream);
   return error != cudaSuccess ? error
                               : launch_bwd_postprocess<T, kHeadDim>(p, num_sequences, stream);
 }
