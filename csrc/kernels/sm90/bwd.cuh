@@ -54,6 +54,24 @@
 #define BWD_EARLY_DP 0
 #endif
 
+#ifndef BWD_BULK
+#define BWD_BULK 0
+#endif
+#ifdef BWD_PROF
+__device__ unsigned long long prof_counts[2][8];
+#define PROF_DECL unsigned prof_last, prof_n[6];
+#define PROF_START prof_last = clock(); for (int i = 0; i < 6; ++i) prof_n[i] = 0;
+#define PROF(i) { const unsigned t = clock(); prof_n[i] += t - prof_last; prof_last = t; }
+#define PROF_END(role) if (threadIdx.x % 128 == 0) { for (int i = 0; i < 6; ++i) atomicAdd(&prof_counts[role][i], (unsigned long long)prof_n[i]); }
+#define PROF_CONST
+#else
+#define PROF_DECL
+#define PROF_START
+#define PROF(i)
+#define PROF_END(role)
+#define PROF_CONST const
+#endif
+
 namespace fa {
 
 // Sizes, and where things lie in shared memory.
@@ -81,7 +99,10 @@ struct BwdLayout {
   static constexpr int kQ = kV + kConsumers * TileKept::kBytes;
   static constexpr int kDout = kQ + kStages * TileStream::kBytes;
   static constexpr int kScores = kDout + kStages * TileStream::kBytes;
-  static constexpr int kStatistics = kScores + 2 * kConsumers * TileScores::kBytes;
+  // dQ on its way to global memory: two buffers of kTileM x kDqCols floats.
+  static constexpr int kDqBytes = kTileM * kDqCols * static_cast<int>(sizeof(float));
+  static constexpr int kDq = kScores + 2 * kConsumers * TileScores::kBytes;
+  static constexpr int kStatistics = kDq + (BWD_BULK ? 2 * kDqBytes : 0);
   static constexpr int kKBarriers = kStatistics + kStages * 2 * kStatisticBytes;
   static constexpr int kVBarriers = kKBarriers + KeptPipeline::kBarrierBytes;
   static constexpr int kQBarriers = kVBarriers + KeptPipeline::kBarrierBytes;
@@ -263,7 +284,8 @@ struct BwdDq {
   uint32_t smem;
   int thread, lane;
 
-  FA_DEVICE void run() const {
+  FA_DEVICE void run() PROF_CONST {
+    PROF_START
     auto k = Layout::KeptPipeline::consumer(smem + Layout::kKBarriers);
     auto scores = Scores::consumer(smem + Layout::kScoresBarriers);
 #pragma unroll 1
@@ -281,9 +303,14 @@ struct BwdDq {
       release_by_warp(k, lane);
       k.advance();
     }
+    PROF_END(0);
+#if BWD_BULK
+    if (thread == 0) ptx::cp_async_bulk_wait_group<0>();
+#endif
   }
 
-  FA_DEVICE void add(const BwdTile& tile, BwdStep step, Scores scores) const {
+  PROF_DECL
+  FA_DEVICE void add(const BwdTile& tile, BwdStep step, Scores scores) PROF_CONST {
     const int64_t index =
         bwd_dq_tile_index(p, tile.batch, tile.q_seq.first_row, step.m_block, step.head);
     float* out = p.dq_accum + index * (Layout::kTileM * kHeadDim) + thread * 4;
@@ -295,6 +322,7 @@ struct BwdDq {
       for (int i = 0; i < Layout::kConsumers; ++i) {
         scores.barriers = Layout::scores_barriers(smem, i);
         if (part == 0) scores.wait_full();
+        if (part == 0) PROF(0);
         ptx::wgmma_fence();
         const uint32_t k_part = Layout::smem_k(smem, i).base + part * (kCols / 64) *
                                                                   Layout::TileKept::kSlabBytes;
@@ -304,6 +332,7 @@ struct BwdDq {
       ptx::wgmma_commit_group();
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_pin(acc.x[0]);
+      PROF(1);
       if (part == kParts - 1) {
         __syncwarp();
         if (lane < Layout::kConsumers) {
@@ -312,10 +341,37 @@ struct BwdDq {
         }
       }
       if (part == 0 && p.dq_semaphore != nullptr) wait_for_turn(tile, step, index);
+      PROF(2);
+#if BWD_BULK
+      const uint32_t buffer = smem + Layout::kDq + (kParts == 1 ? scores.stage : part) * Layout::kDqBytes;
+      if (thread == 0) ptx::cp_async_bulk_wait_group_read<1>();
+      ptx::bar_sync(7, kWarpgroupSize);
+      FA_UNROLL
+      for (int n = 0; n < kCols / 8; ++n)
+        ptx::st_shared_v4(buffer + n * (16 * kWarpgroupSize) + thread * 16,
+                          uint4{__float_as_uint(acc.x[0][n][0]), __float_as_uint(acc.x[0][n][1]),
+                                __float_as_uint(acc.x[0][n][2]), __float_as_uint(acc.x[0][n][3])});
+      ptx::fence_proxy_async();
+      ptx::bar_sync(7, kWarpgroupSize);
+      if (thread == 0) {
+        ptx::cp_reduce_async_bulk_add_f32(out + part * (kCols / 8) * (4 * kWarpgroupSize), buffer,
+                                          Layout::kDqBytes);
+        ptx::cp_async_bulk_commit_group();
+      }
+#elif !defined(BWD_NO_RED)
       FA_UNROLL
       for (int n = 0; n < kCols / 8; ++n)
         ptx::red_global_add_v4_f32(out + (part * (kCols / 8) + n) * (4 * kWarpgroupSize),
                                    acc.x[0][n]);
+#else
+      if (acc.x[0][0][0] == 12345.f) {
+        FA_UNROLL
+        for (int n = 0; n < kCols / 8; ++n)
+          ptx::red_global_add_v4_f32(out + (part * (kCols / 8) + n) * (4 * kWarpgroupSize),
+                                     acc.x[0][n]);
+      }
+#endif
+      PROF(3);
     }
     if (p.dq_semaphore != nullptr) end_turn(index);
   }
@@ -357,6 +413,7 @@ struct BwdConsumer {
   typename Layout::KeptPipeline k, v;
   typename Layout::StreamPipeline q, dout;
   typename Layout::ScoresPipeline scores;
+  PROF_DECL
 
   FA_DEVICE BwdConsumer(const BwdParams& params, const BwdLaunch& bwd_launch, uint32_t smem_base,
                         int consumer_index)
@@ -374,6 +431,7 @@ struct BwdConsumer {
   }
 
   FA_DEVICE void run() {
+    PROF_START
 #pragma unroll 1
     for (int i = blockIdx.x; i < launch.num_tiles; i += gridDim.x) {
       const BwdTile tile = bwd_tile(p, launch, i);
@@ -383,6 +441,7 @@ struct BwdConsumer {
         compute(tile);
       }
     }
+    PROF_END(1);
   }
 
   // Everything about one tile of keys.
@@ -408,6 +467,7 @@ struct BwdConsumer {
     ptx::wgmma_pin(acc_dv.x[0]);
     ptx::wgmma_fence();
     ptx::wgmma_commit_group();  // in place of dK
+    PROF(0);
 #pragma unroll 1
     for (int n = tile.num_steps - 1; n >= 0; --n)
       this->step(acc_dk, acc_dv, dscores, acc_s, kept_k, kept_v, tile, step,
@@ -441,6 +501,7 @@ struct BwdConsumer {
 #endif
     const uint32_t statistics = Layout::statistics(smem, q.stage);
     const Operand probs = to_probs(acc_s, tile, step, statistics);
+    PROF(1);
 #if !BWD_EARLY_DP
     dout.wait_full();
     clear_stream_behind(tile, step, Layout::smem_dout(smem, dout.stage));
@@ -451,9 +512,12 @@ struct BwdConsumer {
     ptx::wgmma_wait_group<BWD_MID_WAIT>();  // dP is complete, and dK of the tile before
     if (BWD_MID_WAIT == 0) ptx::wgmma_pin(acc_dv.x[0]);
     ptx::wgmma_pin(acc_dp.x[0]);
+    PROF(2);
     if (has_previous) release_previous_q();
     to_dscores(dscores, probs, acc_dp, statistics + Layout::kStatisticBytes);
+    PROF(3);
     hand_over(dscores);
+    PROF(4);
     auto next = q;
     next.advance();
     if (!is_last) {
@@ -470,6 +534,7 @@ struct BwdConsumer {
     ptx::wgmma_pin(acc_s.x[0]);
     if (BWD_END_WAIT == 0) ptx::wgmma_pin(acc_dk.x[0]);
     q = next;
+    PROF(5);
   }
 
   FA_DEVICE void release_previous_q() const {

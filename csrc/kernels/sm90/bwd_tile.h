@@ -51,8 +51,19 @@ struct BwdStep {
   int head, m_block;
 
   static FA_DEVICE BwdStep first(const BwdTile& tile) {
+#ifdef BWD_ROTATE
+    return {tile.first_head, tile.blocks.begin + static_cast<int>((static_cast<unsigned>(tile.n_block) * 2 + 1) % static_cast<unsigned>(max(1, tile.blocks.size()))), 0};
+#else
     return {tile.first_head, tile.blocks.end - 1};
+#endif
   }
+#ifdef BWD_ROTATE
+  int done;
+  FA_DEVICE void advance(const BlockRange& blocks) {
+    m_block = m_block > blocks.begin ? m_block - 1 : blocks.end - 1;
+    if (++done == blocks.size()) { done = 0; ++head; }
+  }
+#else
   FA_DEVICE void advance(const BlockRange& blocks) {
     if (m_block > blocks.begin) {
       --m_block;
@@ -61,6 +72,7 @@ struct BwdStep {
       m_block = blocks.end - 1;
     }
   }
+#endif
 };
 
 // Element of lse and delta that belongs to the first query of a sequence and head.
