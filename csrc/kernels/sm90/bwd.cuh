@@ -54,6 +54,9 @@
 #define BWD_EARLY_DP 0
 #endif
 
+#ifndef BWD_KEPT
+#define BWD_KEPT 1
+#endif
 #ifndef BWD_BULK
 #define BWD_BULK 0
 #endif
@@ -83,7 +86,7 @@ struct BwdLayout {
   static constexpr int kThreads = (kConsumers + 2) * kWarpgroupSize;
   static constexpr int kProducerRegs = BWD_REGS_P, kDqRegs = BWD_REGS_DQ, kConsumerRegs = BWD_REGS_C;
   static constexpr int kStages = BWD_STAGES;
-  static constexpr bool kKeptInRegs = kHeadDim == 64;  // K and V as operands
+  static constexpr bool kKeptInRegs = BWD_KEPT && kHeadDim == 64;  // K and V as operands
   static constexpr int kDqCols = min(kHeadDim, BWD_DQ_N);
   static_assert(kTileN == kConsumers * kKeys);
 
@@ -100,7 +103,7 @@ struct BwdLayout {
   static constexpr int kDout = kQ + kStages * TileStream::kBytes;
   static constexpr int kScores = kDout + kStages * TileStream::kBytes;
   // dQ on its way to global memory: two buffers of kTileM x kDqCols floats.
-  static constexpr int kDqBytes = kTileM * kDqCols * static_cast<int>(sizeof(float));
+  static constexpr int kDqBytes = kBwdDqRows * kDqCols * static_cast<int>(sizeof(float));
   static constexpr int kDq = kScores + 2 * kConsumers * TileScores::kBytes;
   static constexpr int kStatistics = kDq + (BWD_BULK ? 2 * kDqBytes : 0);
   static constexpr int kKBarriers = kStatistics + kStages * 2 * kStatisticBytes;
@@ -277,7 +280,8 @@ template <class T, int kHeadDim>
 struct BwdDq {
   using Layout = BwdLayout<T, kHeadDim>;
   using Scores = typename Layout::ScoresPipeline;
-  static constexpr int kCols = Layout::kDqCols, kParts = kHeadDim / kCols;
+  static constexpr int kCols = Layout::kDqCols, kColParts = kHeadDim / kCols;
+  static constexpr int kParts = kColParts * (Layout::kTileM / kBwdDqRows);
 
   const BwdParams& p;
   const BwdLaunch& launch;
@@ -313,10 +317,14 @@ struct BwdDq {
   FA_DEVICE void add(const BwdTile& tile, BwdStep step, Scores scores) PROF_CONST {
     const int64_t index =
         bwd_dq_tile_index(p, tile.batch, tile.q_seq.first_row, step.m_block, step.head);
-    float* out = p.dq_accum + index * (Layout::kTileM * kHeadDim) + thread * 4;
+    const int64_t block = bwd_dq_block_index(p, tile.batch, tile.q_seq.first_row,
+                                             step.m_block * (Layout::kTileM / kBwdDqRows), step.head);
+    float* first = p.dq_accum + block * (kBwdDqRows * kHeadDim) + thread * 4;
     FA_UNROLL
     for (int part = 0; part < kParts; ++part) {
       AccumTile<1, kCols / 8> acc;
+      const int row_part = part / kColParts, col_part = part % kColParts;
+      float* out = first + static_cast<int64_t>(row_part) * p.num_heads_q * (kBwdDqRows * kHeadDim) + col_part * (kCols / 8) * (4 * kWarpgroupSize);
       ptx::wgmma_pin(acc.x[0]);
       FA_UNROLL
       for (int i = 0; i < Layout::kConsumers; ++i) {
@@ -324,9 +332,11 @@ struct BwdDq {
         if (part == 0) scores.wait_full();
         if (part == 0) PROF(0);
         ptx::wgmma_fence();
-        const uint32_t k_part = Layout::smem_k(smem, i).base + part * (kCols / 64) *
-                                                                  Layout::TileKept::kSlabBytes;
-        warpgroup_gemm_atb<T>(acc, Layout::smem_scores(smem, i, scores.stage),
+        const uint32_t k_part = Layout::smem_k(smem, i).base +
+                                col_part * (kCols / 64) * Layout::TileKept::kSlabBytes;
+        const uint32_t scores_part = Layout::smem_scores(smem, i, scores.stage).base +
+                                     row_part * Layout::TileScores::kSlabBytes;
+        warpgroup_gemm_atb<T>(acc, SwizzledTile<Layout::kKeys, 64>{scores_part},
                               SwizzledTile<Layout::kKeys, kCols>{k_part}, i > 0);
       }
       ptx::wgmma_commit_group();
@@ -354,20 +364,20 @@ struct BwdDq {
       ptx::fence_proxy_async();
       ptx::bar_sync(7, kWarpgroupSize);
       if (thread == 0) {
-        ptx::cp_reduce_async_bulk_add_f32(out + part * (kCols / 8) * (4 * kWarpgroupSize), buffer,
+        ptx::cp_reduce_async_bulk_add_f32(out - thread * 4, buffer,
                                           Layout::kDqBytes);
         ptx::cp_async_bulk_commit_group();
       }
 #elif !defined(BWD_NO_RED)
       FA_UNROLL
       for (int n = 0; n < kCols / 8; ++n)
-        ptx::red_global_add_v4_f32(out + (part * (kCols / 8) + n) * (4 * kWarpgroupSize),
+        ptx::red_global_add_v4_f32(out + n * (4 * kWarpgroupSize),
                                    acc.x[0][n]);
 #else
       if (acc.x[0][0][0] == 12345.f) {
         FA_UNROLL
         for (int n = 0; n < kCols / 8; ++n)
-          ptx::red_global_add_v4_f32(out + (part * (kCols / 8) + n) * (4 * kWarpgroupSize),
+          ptx::red_global_add_v4_f32(out + n * (4 * kWarpgroupSize),
                                      acc.x[0][n]);
       }
 #endif
@@ -618,7 +628,9 @@ struct BwdConsumer {
     const uint32_t at = Layout::smem_scores(smem, consumer, scores.stage)
                             .chunk_address(warp_row + lane % 16, lane / 16);
     FA_UNROLL
-    for (int i = 0; i < kTileM / 16; ++i) ptx::stmatrix_x4(at ^ (i * 32), dscores.x[0][i]);
+    for (int i = 0; i < kTileM / 16; ++i)
+      ptx::stmatrix_x4((at ^ (i % 4 * 32)) + i / 4 * Layout::TileScores::kSlabBytes,
+                       dscores.x[0][i]);
     ptx::fence_proxy_async();
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(scores.full());

@@ -10,7 +10,11 @@
 
 namespace fa {
 
-constexpr int kBwdTileM = 64, kBwdTileN = 128;
+#ifndef BWD_M
+#define BWD_M 64
+#endif
+constexpr int kBwdTileM = BWD_M, kBwdTileN = 128;
+constexpr int kBwdDqRows = 64;  // of a block of dq_accum
 
 // What the launcher adds to the parameters.
 struct BwdLaunch {
@@ -89,6 +93,16 @@ FA_DEVICE int64_t bwd_dq_tile_index(const BwdParams& p, int batch, int64_t first
       bwd_dq_accum_first_row(p.seqlens_q.cu_seqlens != nullptr, batch, p.seqlens_q.max_seqlen,
                              static_cast<int>(first_row), kBwdTileM);
   return (accum_row / kBwdTileM + m_block) * p.num_heads_q + head;
+}
+
+// Number of a block of kBwdDqRows rows of a head in dq_accum; the next one of the head is
+// num_heads_q blocks further on.
+FA_DEVICE int64_t bwd_dq_block_index(const BwdParams& p, int batch, int64_t first_row, int block,
+                                     int head) {
+  const int64_t accum_row =
+      bwd_dq_accum_first_row(p.seqlens_q.cu_seqlens != nullptr, batch, p.seqlens_q.max_seqlen,
+                             static_cast<int>(first_row), kBwdTileM);
+  return (accum_row / kBwdDqRows + block) * p.num_heads_q + head;
 }
 
 }  // namespace fa
