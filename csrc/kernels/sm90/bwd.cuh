@@ -57,6 +57,9 @@
 #ifndef BWD_KEPT
 #define BWD_KEPT 1
 #endif
+#ifndef BWD_TURNS
+#define BWD_TURNS 0
+#endif
 #ifndef BWD_BULK
 #define BWD_BULK 0
 #endif
@@ -176,7 +179,7 @@ struct BwdProducer {
   FA_DEVICE void load(const BwdTile& tile) {
     int steps = tile.num_steps;
     if (steps == 0) return;
-    BwdStep step = BwdStep::first(tile);
+    BwdStep step = BwdStep::first(p, tile);
     const ptx::BoxOrigin kv_at{
         0, static_cast<int>(tile.k_seq.first_row) + tile.n_block * Layout::kTileN, tile.head_kv,
         p.seqlens_k.cu_seqlens != nullptr ? 0 : tile.batch};
@@ -233,7 +236,7 @@ struct BwdStatistics {
 #pragma unroll 1
     for (int i = blockIdx.x; i < launch.num_tiles; i += gridDim.x) {
       const BwdTile tile = bwd_tile(p, launch, i);
-      BwdStep step = BwdStep::first(tile);
+      BwdStep step = BwdStep::first(p, tile);
 #pragma unroll 1
       for (int n = 0; n < tile.num_steps; ++n) {
         bring(tile, step, q);
@@ -297,7 +300,7 @@ struct BwdDq {
       const BwdTile tile = bwd_tile(p, launch, i);
       if (tile.num_steps == 0) continue;
       k.wait_full();
-      BwdStep step = BwdStep::first(tile);
+      BwdStep step = BwdStep::first(p, tile);
 #pragma unroll 1
       for (int n = 0; n < tile.num_steps; ++n) {
         add(tile, step, scores);
@@ -350,7 +353,7 @@ struct BwdDq {
           scores.release();
         }
       }
-      if (part == 0 && p.dq_semaphore != nullptr) wait_for_turn(tile, step, index);
+      if (!BWD_BULK && part == 0 && p.dq_semaphore != nullptr) wait_for_turn(tile, step, index);
       PROF(2);
 #if BWD_BULK
       const uint32_t buffer = smem + Layout::kDq + (kParts == 1 ? scores.stage : part) * Layout::kDqBytes;
@@ -364,6 +367,7 @@ struct BwdDq {
       ptx::fence_proxy_async();
       ptx::bar_sync(7, kWarpgroupSize);
       if (thread == 0) {
+        if (part == 0 && p.dq_semaphore != nullptr) wait_for_turn(tile, step, index);
         ptx::cp_reduce_async_bulk_add_f32(out - thread * 4, buffer,
                                           Layout::kDqBytes);
         ptx::cp_async_bulk_commit_group();
@@ -383,7 +387,15 @@ struct BwdDq {
 #endif
       PROF(3);
     }
+#if BWD_BULK
+    if (thread == 0 && p.dq_semaphore != nullptr) {
+      ptx::cp_async_bulk_wait_group<0>();
+      __threadfence();
+      ptx::red_release_gpu_add_s32(p.dq_semaphore + index, 1);
+    }
+#else
     if (p.dq_semaphore != nullptr) end_turn(index);
+#endif
   }
 
   // Deterministic: tiles of keys add to a tile of queries in ascending order, each warp its part.
@@ -392,10 +404,10 @@ struct BwdDq {
   FA_DEVICE void wait_for_turn(const BwdTile& tile, BwdStep step, int64_t index) const {
     const int first =
         n_block_range(tile.mask, step.m_block, Layout::kTileM, Layout::kTileN).begin;
-    const int done = (tile.n_block - first) * 4;
+    const int done = (tile.n_block - first) * (BWD_BULK ? 1 : 4);
     while (lane == 0 && ptx::ld_acquire_gpu_s32(p.dq_semaphore + index) < done) {
     }
-    __syncwarp();
+    if (!BWD_BULK) __syncwarp();
   }
   FA_DEVICE void end_turn(int64_t index) const {
     __threadfence();  // the additions of every lane, before lane 0 says so
@@ -409,7 +421,7 @@ template <class T, int kHeadDim>
 struct BwdConsumer {
   using Layout = BwdLayout<T, kHeadDim>;
   static constexpr int kTileM = Layout::kTileM;
-  static constexpr int kFirstOwnBarrier = 1;
+  static constexpr int kFirstOwnBarrier = 1, kFirstTurnBarrier = 3;  // named barriers
   using Scores = AccumTile<1, kTileM / 8>;               // S^T or dP^T
   using Operand = AFragments<1, kTileM / 16>;            // P^T or dS^T
   using Gradient = AccumTile<1, kHeadDim / 8>;           // dK or dV
@@ -442,6 +454,9 @@ struct BwdConsumer {
 
   FA_DEVICE void run() {
     PROF_START
+#if BWD_TURNS
+    if (consumer == 1) ptx::bar_arrive(kFirstTurnBarrier, 2 * kWarpgroupSize);
+#endif
 #pragma unroll 1
     for (int i = blockIdx.x; i < launch.num_tiles; i += gridDim.x) {
       const BwdTile tile = bwd_tile(p, launch, i);
@@ -461,7 +476,7 @@ struct BwdConsumer {
     acc_dv.clear();
     Operand dscores;
     Scores acc_s;
-    BwdStep step = BwdStep::first(tile);
+    BwdStep step = BwdStep::first(p, tile);
     k.wait_full();
     clear_kept_behind(tile, Layout::smem_k(smem, consumer));
     const Kept kept_k = load_kept(Layout::smem_k(smem, consumer));
@@ -488,7 +503,6 @@ struct BwdConsumer {
     release_previous_q();
     release_by_warp(k, lane);
     k.advance();
-    release_by_warp(v, lane);
     v.advance();
     store(acc_dv, tile, p.dv, p.dv_strides, p.head_dim_v, 1.f);
     store(acc_dk, tile, p.dk, p.dk_strides, p.head_dim, p.score.softmax_scale);
@@ -510,7 +524,14 @@ struct BwdConsumer {
                  Layout::smem_dout(smem, dout.stage));
 #endif
     const uint32_t statistics = Layout::statistics(smem, q.stage);
+#if BWD_TURNS
+    ptx::bar_sync(kFirstTurnBarrier + consumer, 2 * kWarpgroupSize);
+    PROF(0);
+#endif
     const Operand probs = to_probs(acc_s, tile, step, statistics);
+#if BWD_TURNS == 1
+    ptx::bar_arrive(kFirstTurnBarrier + (consumer ^ 1), 2 * kWarpgroupSize);
+#endif
     PROF(1);
 #if !BWD_EARLY_DP
     dout.wait_full();
@@ -519,11 +540,15 @@ struct BwdConsumer {
                  Layout::smem_dout(smem, dout.stage));
 #endif
     accumulate(acc_dv, probs, Layout::smem_dout(smem, dout.stage));
+#if BWD_TURNS == 2
+    ptx::bar_arrive(kFirstTurnBarrier + (consumer ^ 1), 2 * kWarpgroupSize);
+#endif
     ptx::wgmma_wait_group<BWD_MID_WAIT>();  // dP is complete, and dK of the tile before
     if (BWD_MID_WAIT == 0) ptx::wgmma_pin(acc_dv.x[0]);
     ptx::wgmma_pin(acc_dp.x[0]);
     PROF(2);
     if (has_previous) release_previous_q();
+    if (is_last) release_by_warp(v, lane);
     to_dscores(dscores, probs, acc_dp, statistics + Layout::kStatisticBytes);
     PROF(3);
     hand_over(dscores);

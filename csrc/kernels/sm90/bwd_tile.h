@@ -48,35 +48,26 @@ FA_DEVICE BwdTile bwd_tile(const BwdParams& p, const BwdLaunch& launch, int inde
   return tile;
 }
 
-// A tile of queries of one head. A CTA walks the blocks of each head of the group from the last one
-// down: in that order neighbouring tiles of keys meet a tile of queries one after the other, which
-// deterministic dQ waits for.
+// A tile of queries of one head. A CTA walks the blocks of each head of the group downwards, from a
+// block of its own on, so that tiles of keys that run at the same time add to different rows of dQ.
+// Deterministic: all from the last block on; then neighbouring tiles of keys meet a tile of queries
+// one after the other, as they have to.
 struct BwdStep {
   int head, m_block;
+  int blocks_left;  // of the head, this one included
 
-  static FA_DEVICE BwdStep first(const BwdTile& tile) {
-#ifdef BWD_ROTATE
-    return {tile.first_head, tile.blocks.begin + static_cast<int>((static_cast<unsigned>(tile.n_block) * 2 + 1) % static_cast<unsigned>(max(1, tile.blocks.size()))), 0};
-#else
-    return {tile.first_head, tile.blocks.end - 1};
-#endif
+  static FA_DEVICE BwdStep first(const BwdParams& p, const BwdTile& tile) {
+    const int size = tile.blocks.size();
+    const int skipped = p.dq_semaphore != nullptr ? 0 : (2 * tile.n_block + 1) % max(1, size);
+    return {tile.first_head, tile.blocks.end - 1 - skipped, size};
   }
-#ifdef BWD_ROTATE
-  int done;
   FA_DEVICE void advance(const BlockRange& blocks) {
     m_block = m_block > blocks.begin ? m_block - 1 : blocks.end - 1;
-    if (++done == blocks.size()) { done = 0; ++head; }
-  }
-#else
-  FA_DEVICE void advance(const BlockRange& blocks) {
-    if (m_block > blocks.begin) {
-      --m_block;
-    } else {
+    if (--blocks_left == 0) {
       ++head;
-      m_block = blocks.end - 1;
+      blocks_left = blocks.size();
     }
   }
-#endif
 };
 
 // Element of lse and delta that belongs to the first query of a sequence and head.
