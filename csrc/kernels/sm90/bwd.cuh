@@ -81,7 +81,7 @@ __device__ unsigned long long prof_counts[2][8];
 namespace fa {
 
 // Sizes, and where things lie in shared memory.
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kScoreMod>
 struct BwdLayout {
   static constexpr int kTileM = kBwdTileM, kTileN = kBwdTileN;
   static constexpr int kConsumers = 2, kKeys = 64;  // keys of a consumer
@@ -89,7 +89,7 @@ struct BwdLayout {
   static constexpr int kThreads = (kConsumers + 2) * kWarpgroupSize;
   static constexpr int kProducerRegs = BWD_REGS_P, kDqRegs = BWD_REGS_DQ, kConsumerRegs = BWD_REGS_C;
   static constexpr int kStages = BWD_STAGES;
-  static constexpr bool kKeptInRegs = BWD_KEPT && kHeadDim == 64;  // K and V as operands
+  static constexpr bool kKeptInRegs = BWD_KEPT && kHeadDim == 64 && !kScoreMod;  // K and V as operands
   static constexpr int kDqCols = min(kHeadDim, BWD_DQ_N);
   static_assert(kTileN == kConsumers * kKeys);
 
@@ -150,9 +150,9 @@ struct BwdLayout {
 };
 
 // The one thread that starts all copies.
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kScoreMod>
 struct BwdProducer {
-  using Layout = BwdLayout<T, kHeadDim>;
+  using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
   using Kept = typename Layout::KeptPipeline;
   using Stream = typename Layout::StreamPipeline;
 
@@ -222,9 +222,9 @@ struct BwdProducer {
 };
 
 // The warp that brings LSE and delta.
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kScoreMod>
 struct BwdStatistics {
-  using Layout = BwdLayout<T, kHeadDim>;
+  using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
 
   const BwdParams& p;
   const BwdLaunch& launch;
@@ -279,9 +279,9 @@ FA_DEVICE void release_by_warp(const Pipeline& pipeline, int lane) {
 }
 
 // The warpgroup that computes dQ.
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kScoreMod>
 struct BwdDq {
-  using Layout = BwdLayout<T, kHeadDim>;
+  using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
   using Scores = typename Layout::ScoresPipeline;
   static constexpr int kCols = Layout::kDqCols, kColParts = kHeadDim / kCols;
   static constexpr int kParts = kColParts * (Layout::kTileM / kBwdDqRows);
@@ -417,9 +417,9 @@ struct BwdDq {
 };
 
 // A consumer warpgroup's computation: the stages of the loop as functions, and what they share.
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kScoreMod>
 struct BwdConsumer {
-  using Layout = BwdLayout<T, kHeadDim>;
+  using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
   static constexpr int kTileM = Layout::kTileM;
   static constexpr int kFirstOwnBarrier = 1, kFirstTurnBarrier = 3;  // named barriers
   using Scores = AccumTile<1, kTileM / 8>;               // S^T or dP^T
@@ -504,7 +504,8 @@ struct BwdConsumer {
     release_by_warp(k, lane);
     k.advance();
     v.advance();
-    store(acc_dv, tile, p.dv, p.dv_strides, p.head_dim_v, 1.f);
+    store(acc_dv, tile, p.dv, p.dv_strides, p.head_dim_v,
+          kScoreMod ? 256.f / p.score.keep_threshold : 1.f);
     store(acc_dk, tile, p.dk, p.dk_strides, p.head_dim, p.score.softmax_scale);
   }
 
@@ -528,7 +529,8 @@ struct BwdConsumer {
     ptx::bar_sync(kFirstTurnBarrier + consumer, 2 * kWarpgroupSize);
     PROF(0);
 #endif
-    const Operand probs = to_probs(acc_s, tile, step, statistics);
+    Operand probs, passed;  // of dV and of dS
+    to_probs(acc_s, tile, step, statistics, probs, passed);
 #if BWD_TURNS == 1
     ptx::bar_arrive(kFirstTurnBarrier + (consumer ^ 1), 2 * kWarpgroupSize);
 #endif
@@ -549,7 +551,7 @@ struct BwdConsumer {
     PROF(2);
     if (has_previous) release_previous_q();
     if (is_last) release_by_warp(v, lane);
-    to_dscores(dscores, probs, acc_dp, statistics + Layout::kStatisticBytes);
+    to_dscores(dscores, kScoreMod ? passed : probs, acc_dp, statistics + Layout::kStatisticBytes);
     PROF(3);
     hand_over(dscores);
     PROF(4);
@@ -616,35 +618,91 @@ struct BwdConsumer {
     return ptx::ld_shared_v2_f32(statistics + (n * 8 + lane % 4 * 2) * sizeof(float));
   }
 
-  FA_DEVICE Operand to_probs(Scores acc, const BwdTile& tile, BwdStep step,
-                             uint32_t minus_lse) const {
-    if (step.m_block < tile.blocks.full_begin || step.m_block >= tile.blocks.full_end)
-      apply_mask(acc, tile.mask, TransposedOrigin{first_key(tile), step.m_block * kTileM}, lane);
+  // Scores become P. passed: what dS needs of it if there are score modifications.
+  FA_DEVICE void to_probs(Scores acc, const BwdTile& tile, BwdStep step, uint32_t minus_lse,
+                          Operand& probs, Operand& passed) const {
+    const TransposedOrigin origin{first_key(tile), step.m_block * kTileM};
+    const bool border =
+        step.m_block < tile.blocks.full_begin || step.m_block >= tile.blocks.full_end;
+    if constexpr (kScoreMod) {
+      const TransposedScoreMod mod{
+          ScoreMod::of(p.score, tile.mask, tile.batch, step.head, p.num_heads_q)};
+      mod.score(acc, origin, lane);
+      if (border) apply_mask(acc, tile.mask, origin, lane);
+      FA_UNROLL
+      for (int k = 0; k < kTileM / 16; ++k)
+        modify_part(acc, mod, origin, k, minus_lse, probs, passed);
+    } else {
+      if (border) apply_mask(acc, tile.mask, origin, lane);
+      to_weights(acc, launch.scale_log2, minus_lse);
+      probs = as_a_operand<T>(acc);
+    }
+  }
+  // Scores become exp(score - lse).
+  template <int kN>
+  FA_DEVICE void to_weights(AccumTile<1, kN>& acc, float scale_log2, uint32_t minus_lse) const {
     FA_UNROLL
-    for (int n = 0; n < kTileM / 8; ++n) {
+    for (int n = 0; n < kN; ++n) {
       const float2 pair = statistic_pair(minus_lse, n);
       FA_UNROLL
       for (int i = 0; i < 4; ++i) {
         float& x = acc.x[0][n][i];
-        x = ptx::ex2_approx_ftz(fmaf(x, launch.scale_log2, i % 2 == 0 ? pair.x : pair.y));
+        x = ptx::ex2_approx_ftz(fmaf(x, scale_log2, i % 2 == 0 ? pair.x : pair.y));
       }
     }
-    return as_a_operand<T>(acc);
+  }
+  // Queries [16 k, 16 k + 16) with softcap, ALiBi and dropout. passed is P (1 - tanh^2), with the
+  // sign of minus where dropped: it is never negative otherwise.
+  FA_DEVICE void modify_part(const Scores& acc, const TransposedScoreMod& mod,
+                             TransposedOrigin origin, int k, uint32_t minus_lse, Operand& probs,
+                             Operand& passed) const {
+    origin.first_query += 16 * k;
+    AccumTile<1, 2> scores;
+    FA_UNROLL
+    for (int i = 0; i < 8; ++i) scores.x[0][i / 4][i % 4] = acc.x[0][2 * k + i / 4][i % 4];
+    AccumTile<1, 2> weights = scores;
+    to_weights(weights, 1.f, minus_lse + 16 * k * sizeof(float));
+    AccumTile<1, 2> others = weights;
+    if (mod.mod.outer_scale != 0.f) mod.multiply_by_derivative(others, scores, origin, lane);
+    if (p.score.keep_threshold < 256) {
+      mod.for_each_kept(weights, origin, lane, [&](int m, int n, int i, bool kept) {
+        weights.x[m][n][i] = kept ? weights.x[m][n][i] : 0.f;
+        others.x[m][n][i] = kept ? others.x[m][n][i] : -others.x[m][n][i];
+      });
+    }
+    const AFragments<1, 1> w = as_a_operand<T>(weights), o = as_a_operand<T>(others);
+    FA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      probs.x[0][k][i] = w.x[0][0][i];
+      passed.x[0][k][i] = o.x[0][0][i];
+    }
   }
 
   FA_DEVICE void to_dscores(Operand& dscores, const Operand& probs, const Scores& acc,
                             uint32_t deltas) const {
+    const float factor = kScoreMod ? 256.f / p.score.keep_threshold : 1.f;
     FA_UNROLL
     for (int n = 0; n < kTileM / 8; ++n) {
       const float2 delta = statistic_pair(deltas, n);
       FA_UNROLL
       for (int h = 0; h < 2; ++h) {
-        const float2 prob = unpack<T>(probs.x[0][n / 2][n % 2 * 2 + h]);
-        dscores.x[0][n / 2][n % 2 * 2 + h] =
-            pack<T>(prob.x * (acc.x[0][n][2 * h] - delta.x),
-                    prob.y * (acc.x[0][n][2 * h + 1] - delta.y));
+        const int i = n % 2 * 2 + h;
+        dscores.x[0][n / 2][i] =
+            dscore_pair(probs.x[0][n / 2][i],
+                        {acc.x[0][n][2 * h], acc.x[0][n][2 * h + 1]}, delta, factor);
       }
     }
+  }
+  // dS of two queries and one key. factor: of dropout.
+  static FA_DEVICE uint32_t dscore_pair(uint32_t probs, float2 dp, float2 delta, float factor) {
+    if constexpr (kScoreMod) {
+      // The sign bits, as a dropped P may be -0.
+      dp.x = probs & 0x8000u ? 0.f : dp.x * factor;
+      dp.y = probs & 0x80000000u ? 0.f : dp.y * factor;
+      probs &= 0x7FFF7FFFu;
+    }
+    const float2 prob = unpack<T>(probs);
+    return pack<T>(prob.x * (dp.x - delta.x), prob.y * (dp.y - delta.y));
   }
 
   // dS to shared memory, for the dQ warpgroup.
@@ -740,10 +798,10 @@ struct BwdConsumer {
   }
 };
 
-template <class T, int kHeadDim>
-__global__ void __launch_bounds__(BwdLayout<T, kHeadDim>::kThreads, 1)
+template <class T, int kHeadDim, bool kScoreMod>
+__global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1)
     bwd_kernel(const __grid_constant__ BwdParams p, const __grid_constant__ BwdLaunch launch) {
-  using Layout = BwdLayout<T, kHeadDim>;
+  using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
   extern __shared__ __align__(1024) char smem[];
   const uint32_t smem_base = ptx::cvta_to_shared(smem);
   if (threadIdx.x == 0) {
@@ -759,15 +817,15 @@ __global__ void __launch_bounds__(BwdLayout<T, kHeadDim>::kThreads, 1)
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Layout::kProducerRegs>();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
-    if (warp == 0 && lane == 0) BwdProducer<T, kHeadDim>(p, launch, smem_base).run();
-    if (warp == 1) BwdStatistics<T, kHeadDim>{p, launch, smem_base, lane}.run();
+    if (warp == 0 && lane == 0) BwdProducer<T, kHeadDim, kScoreMod>(p, launch, smem_base).run();
+    if (warp == 1) BwdStatistics<T, kHeadDim, kScoreMod>{p, launch, smem_base, lane}.run();
   } else if (warpgroup == 1) {
     ptx::setmaxnreg_dec<Layout::kDqRegs>();
-    BwdDq<T, kHeadDim>{p, launch, smem_base, static_cast<int>(threadIdx.x) - kWarpgroupSize, lane}
+    BwdDq<T, kHeadDim, kScoreMod>{p, launch, smem_base, static_cast<int>(threadIdx.x) - kWarpgroupSize, lane}
         .run();
   } else {
     ptx::setmaxnreg_inc<Layout::kConsumerRegs>();
-    BwdConsumer<T, kHeadDim>(p, launch, smem_base, warpgroup - 2).run();
+    BwdConsumer<T, kHeadDim, kScoreMod>(p, launch, smem_base, warpgroup - 2).run();
   }
 }
 
@@ -781,9 +839,9 @@ inline HeadTensor bwd_head_tensor(const void* data, const Strides& strides,
   return {data, strides, varlen ? 1 : batch_size, varlen ? total : seqlens.max_seqlen, 0, 0};
 }
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kScoreMod>
 cudaError_t encode_bwd_tensor_maps(const BwdParams& p, BwdLaunch& launch) {
-  using Layout = BwdLayout<T, kHeadDim>;
+  using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
   HeadTensor q = bwd_head_tensor(p.q, p.q_strides, p.seqlens_q, p.total_q, p.batch_size);
   HeadTensor dout = bwd_head_tensor(p.dout, p.dout_strides, p.seqlens_q, p.total_q, p.batch_size);
   HeadTensor k = bwd_head_tensor(p.k, p.k_strides, p.seqlens_k, p.total_k, p.batch_size);
@@ -799,10 +857,10 @@ cudaError_t encode_bwd_tensor_maps(const BwdParams& p, BwdLaunch& launch) {
   return error;
 }
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kScoreMod>
 int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream) {
-  using Layout = BwdLayout<T, kHeadDim>;
-  constexpr auto kKernel = bwd_kernel<T, kHeadDim>;
+  using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
+  constexpr auto kKernel = bwd_kernel<T, kHeadDim, kScoreMod>;
   const TileGrid grid{max(1, ceil_div(p.seqlens_k.max_seqlen, Layout::kTileN)), p.num_heads_kv,
                       num_sequences};
   if (grid.size() == 0) return cudaSuccess;
@@ -819,7 +877,7 @@ int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream
   launch.heads_per_kv = heads_per_kv;
   launch.scale_log2 = p.score.softmax_scale * kLog2e;
   int num_ctas = 0;
-  cudaError_t error = encode_bwd_tensor_maps<T, kHeadDim>(p, launch);
+  cudaError_t error = encode_bwd_tensor_maps<T, kHeadDim, kScoreMod>(p, launch);
   if (error == cudaSuccess) error = num_multiprocessors(num_ctas);
   if (error == cudaSuccess) error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
   if (error != cudaSuccess) return error;
@@ -839,7 +897,9 @@ int launch_bwd(const BwdParams& p, cudaStream_t stream) {
   // Varlen tensors have the rest behind the last sequence as well.
   const int num_sequences =
       p.batch_size + (p.seqlens_q.cu_seqlens || p.seqlens_k.cu_seqlens ? 1 : 0);
-  const int error = launch_bwd_kernel<T, kHeadDim>(p, num_sequences, stream);
+  const int error = has_score_mod(p.score)
+                        ? launch_bwd_kernel<T, kHeadDim, true>(p, num_sequences, stream)
+                        : launch_bwd_kernel<T, kHeadDim, false>(p, num_sequences, stream);
   return error != cudaSuccess ? error
                               : launch_bwd_postprocess<T, kHeadDim>(p, num_sequences, stream);
 }
