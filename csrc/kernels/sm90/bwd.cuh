@@ -60,6 +60,9 @@
 #ifndef BWD_TURNS
 #define BWD_TURNS 0
 #endif
+#ifndef BWD_LATE
+#define BWD_LATE 1
+#endif
 #ifndef BWD_BULK
 #define BWD_BULK 0
 #endif
@@ -290,8 +293,9 @@ struct BwdDq {
   const BwdLaunch& launch;
   uint32_t smem;
   int thread, lane;
+  int64_t turn;  // that this thread has not said the end of
 
-  FA_DEVICE void run() PROF_CONST {
+  FA_DEVICE void run() {
     PROF_START
     auto k = Layout::KeptPipeline::consumer(smem + Layout::kKBarriers);
     auto scores = Scores::consumer(smem + Layout::kScoresBarriers);
@@ -312,12 +316,15 @@ struct BwdDq {
     }
     PROF_END(0);
 #if BWD_BULK
-    if (thread == 0) ptx::cp_async_bulk_wait_group<0>();
+    if (thread == 0) {
+      end_turn();
+      ptx::cp_async_bulk_wait_group<0>();
+    }
 #endif
   }
 
   PROF_DECL
-  FA_DEVICE void add(const BwdTile& tile, BwdStep step, Scores scores) PROF_CONST {
+  FA_DEVICE void add(const BwdTile& tile, BwdStep step, Scores scores) {
     const int64_t index =
         bwd_dq_tile_index(p, tile.batch, tile.q_seq.first_row, step.m_block, step.head);
     const int64_t block = bwd_dq_block_index(p, tile.batch, tile.q_seq.first_row,
@@ -367,7 +374,11 @@ struct BwdDq {
       ptx::fence_proxy_async();
       ptx::bar_sync(7, kWarpgroupSize);
       if (thread == 0) {
-        if (part == 0 && p.dq_semaphore != nullptr) wait_for_turn(tile, step, index);
+        if (part == 0 && p.dq_semaphore != nullptr) {
+          end_turn();
+          wait_for_turn(tile, step, index);
+          turn = index;
+        }
         ptx::cp_reduce_async_bulk_add_f32(out - thread * 4, buffer,
                                           Layout::kDqBytes);
         ptx::cp_async_bulk_commit_group();
@@ -387,13 +398,7 @@ struct BwdDq {
 #endif
       PROF(3);
     }
-#if BWD_BULK
-    if (thread == 0 && p.dq_semaphore != nullptr) {
-      ptx::cp_async_bulk_wait_group<0>();
-      __threadfence();
-      ptx::red_release_gpu_add_s32(p.dq_semaphore + index, 1);
-    }
-#else
+#if !BWD_BULK
     if (p.dq_semaphore != nullptr) end_turn(index);
 #endif
   }
@@ -408,6 +413,14 @@ struct BwdDq {
     while (lane == 0 && ptx::ld_acquire_gpu_s32(p.dq_semaphore + index) < done) {
     }
     if (!BWD_BULK) __syncwarp();
+  }
+  // Says that the additions of the last turn are done, once they are.
+  FA_DEVICE void end_turn() {
+    if (turn < 0) return;
+    ptx::cp_async_bulk_wait_group<0>();
+    __threadfence();
+    ptx::red_release_gpu_add_s32(p.dq_semaphore + turn, 1);
+    turn = -1;
   }
   FA_DEVICE void end_turn(int64_t index) const {
     __threadfence();  // the additions of every lane, before lane 0 says so
@@ -425,6 +438,9 @@ struct BwdConsumer {
   using Scores = AccumTile<1, kTileM / 8>;               // S^T or dP^T
   using Operand = AFragments<1, kTileM / 16>;            // P^T or dS^T
   using Gradient = AccumTile<1, kHeadDim / 8>;           // dK or dV
+  struct Statistics {         // LSE or delta of this lane's queries
+    float2 pair[kTileM / 8];  // of column n of the scores
+  };
   using Kept = AFragments<1, Layout::kKeptInRegs ? kHeadDim / 16 : 1>;  // K or V
 
   const BwdParams& p;
@@ -488,6 +504,7 @@ struct BwdConsumer {
     v.wait_full();
     clear_kept_behind(tile, Layout::smem_v(smem, consumer));
     const Kept kept_v = load_kept(Layout::smem_v(smem, consumer));
+    Statistics minus_lse = load_statistics(Layout::statistics(smem, q.stage));
     ptx::wgmma_pin(acc_dk.x[0]);
     ptx::wgmma_pin(acc_dv.x[0]);
     ptx::wgmma_fence();
@@ -496,7 +513,7 @@ struct BwdConsumer {
 #pragma unroll 1
     for (int n = tile.num_steps - 1; n >= 0; --n)
       this->step(acc_dk, acc_dv, dscores, acc_s, kept_k, kept_v, tile, step,
-                 n < tile.num_steps - 1, n == 0);
+                 minus_lse, n < tile.num_steps - 1, n == 0);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_pin(acc_dk.x[0]);
     ptx::wgmma_pin(acc_dv.x[0]);
@@ -512,7 +529,7 @@ struct BwdConsumer {
   // A tile of queries. S, and dK of the tile before, are under way.
   FA_DEVICE void step(Gradient& acc_dk, Gradient& acc_dv, Operand& dscores, Scores& acc_s,
                       const Kept& kept_k, const Kept& kept_v, const BwdTile& tile, BwdStep& step,
-                      bool has_previous, bool is_last) {
+                      Statistics& minus_lse, bool has_previous, bool is_last) {
 #if BWD_SHARE
     Scores& acc_dp = acc_s;
 #else
@@ -530,7 +547,7 @@ struct BwdConsumer {
     PROF(0);
 #endif
     Operand probs, passed;  // of dV and of dS
-    to_probs(acc_s, tile, step, statistics, probs, passed);
+    to_probs(acc_s, tile, step, minus_lse, probs, passed);
 #if BWD_TURNS == 1
     ptx::bar_arrive(kFirstTurnBarrier + (consumer ^ 1), 2 * kWarpgroupSize);
 #endif
@@ -545,15 +562,19 @@ struct BwdConsumer {
 #if BWD_TURNS == 2
     ptx::bar_arrive(kFirstTurnBarrier + (consumer ^ 1), 2 * kWarpgroupSize);
 #endif
+    const Statistics deltas = load_statistics(statistics + Layout::kStatisticBytes);
     ptx::wgmma_wait_group<BWD_MID_WAIT>();  // dP is complete, and dK of the tile before
     if (BWD_MID_WAIT == 0) ptx::wgmma_pin(acc_dv.x[0]);
     ptx::wgmma_pin(acc_dp.x[0]);
     PROF(2);
     if (has_previous) release_previous_q();
     if (is_last) release_by_warp(v, lane);
-    to_dscores(dscores, kScoreMod ? passed : probs, acc_dp, statistics + Layout::kStatisticBytes);
+    to_dscores(dscores, kScoreMod ? passed : probs, acc_dp, deltas);
     PROF(3);
     hand_over(dscores);
+#if !BWD_LATE
+    announce();
+#endif
     PROF(4);
     auto next = q;
     next.advance();
@@ -564,6 +585,10 @@ struct BwdConsumer {
     }
     issue_scores(acc_s, kept_k, Layout::smem_k(smem, consumer), Layout::smem_q(smem, next.stage));
     accumulate(acc_dk, dscores, Layout::smem_q(smem, q.stage));
+#if BWD_LATE
+    announce();
+#endif
+    minus_lse = load_statistics(Layout::statistics(smem, next.stage));
     ptx::wgmma_wait_group<2>();  // dV is complete, dO read
     release_by_warp(dout, lane);
     dout.advance();
@@ -613,13 +638,18 @@ struct BwdConsumer {
     return kept;
   }
 
-  // Statistics of the two queries in column n of a lane's scores.
-  FA_DEVICE float2 statistic_pair(uint32_t statistics, int n) const {
-    return ptx::ld_shared_v2_f32(statistics + (n * 8 + lane % 4 * 2) * sizeof(float));
+  // They are loaded ahead of the wait for a product: shared memory answers late while products read
+  // it.
+  FA_DEVICE Statistics load_statistics(uint32_t from) const {
+    Statistics s;
+    FA_UNROLL
+    for (int n = 0; n < kTileM / 8; ++n)
+      s.pair[n] = ptx::ld_shared_v2_f32(from + (n * 8 + lane % 4 * 2) * sizeof(float));
+    return s;
   }
 
   // Scores become P. passed: what dS needs of it if there are score modifications.
-  FA_DEVICE void to_probs(Scores acc, const BwdTile& tile, BwdStep step, uint32_t minus_lse,
+  FA_DEVICE void to_probs(Scores acc, const BwdTile& tile, BwdStep step, const Statistics& minus_lse,
                           Operand& probs, Operand& passed) const {
     const TransposedOrigin origin{first_key(tile), step.m_block * kTileM};
     const bool border =
@@ -634,16 +664,17 @@ struct BwdConsumer {
         modify_part(acc, mod, origin, k, minus_lse, probs, passed);
     } else {
       if (border) apply_mask(acc, tile.mask, origin, lane);
-      to_weights(acc, launch.scale_log2, minus_lse);
+      to_weights(acc, launch.scale_log2, minus_lse, 0);
       probs = as_a_operand<T>(acc);
     }
   }
   // Scores become exp(score - lse).
   template <int kN>
-  FA_DEVICE void to_weights(AccumTile<1, kN>& acc, float scale_log2, uint32_t minus_lse) const {
+  FA_DEVICE void to_weights(AccumTile<1, kN>& acc, float scale_log2, const Statistics& minus_lse,
+                            int first_column) const {
     FA_UNROLL
     for (int n = 0; n < kN; ++n) {
-      const float2 pair = statistic_pair(minus_lse, n);
+      const float2 pair = minus_lse.pair[first_column + n];
       FA_UNROLL
       for (int i = 0; i < 4; ++i) {
         float& x = acc.x[0][n][i];
@@ -654,14 +685,14 @@ struct BwdConsumer {
   // Queries [16 k, 16 k + 16) with softcap, ALiBi and dropout. passed is P (1 - tanh^2), with the
   // sign of minus where dropped: it is never negative otherwise.
   FA_DEVICE void modify_part(const Scores& acc, const TransposedScoreMod& mod,
-                             TransposedOrigin origin, int k, uint32_t minus_lse, Operand& probs,
+                             TransposedOrigin origin, int k, const Statistics& minus_lse, Operand& probs,
                              Operand& passed) const {
     origin.first_query += 16 * k;
     AccumTile<1, 2> scores;
     FA_UNROLL
     for (int i = 0; i < 8; ++i) scores.x[0][i / 4][i % 4] = acc.x[0][2 * k + i / 4][i % 4];
     AccumTile<1, 2> weights = scores;
-    to_weights(weights, 1.f, minus_lse + 16 * k * sizeof(float));
+    to_weights(weights, 1.f, minus_lse, 2 * k);
     AccumTile<1, 2> others = weights;
     if (mod.mod.outer_scale != 0.f) mod.multiply_by_derivative(others, scores, origin, lane);
     if (p.score.keep_threshold < 256) {
@@ -679,11 +710,11 @@ struct BwdConsumer {
   }
 
   FA_DEVICE void to_dscores(Operand& dscores, const Operand& probs, const Scores& acc,
-                            uint32_t deltas) const {
+                            const Statistics& deltas) const {
     const float factor = kScoreMod ? 256.f / p.score.keep_threshold : 1.f;
     FA_UNROLL
     for (int n = 0; n < kTileM / 8; ++n) {
-      const float2 delta = statistic_pair(deltas, n);
+      const float2 delta = deltas.pair[n];
       FA_UNROLL
       for (int h = 0; h < 2; ++h) {
         const int i = n % 2 * 2 + h;
@@ -714,6 +745,8 @@ struct BwdConsumer {
     for (int i = 0; i < kTileM / 16; ++i)
       ptx::stmatrix_x4((at ^ (i % 4 * 32)) + i / 4 * Layout::TileScores::kSlabBytes,
                        dscores.x[0][i]);
+  }
+  FA_DEVICE void announce() {
     ptx::fence_proxy_async();
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(scores.full());
@@ -821,7 +854,7 @@ __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1
     if (warp == 1) BwdStatistics<T, kHeadDim, kScoreMod>{p, launch, smem_base, lane}.run();
   } else if (warpgroup == 1) {
     ptx::setmaxnreg_dec<Layout::kDqRegs>();
-    BwdDq<T, kHeadDim, kScoreMod>{p, launch, smem_base, static_cast<int>(threadIdx.x) - kWarpgroupSize, lane}
+    BwdDq<T, kHeadDim, kScoreMod>{p, launch, smem_base, static_cast<int>(threadIdx.x) - kWarpgroupSize, lane, -1}
         .run();
   } else {
     ptx::setmaxnreg_inc<Layout::kConsumerRegs>();
