@@ -50,10 +50,12 @@ FA_DEVICE void wgmma_fence_operand(float (&d)[kN][4]) {
 #define FA_REGS_40 \
   FA_REGS_32 ", " \
   "%32, %33, %34, %35, %36, %37, %38, %39"
-#define FA_REGS_64 \
+#define FA_REGS_48 \
   FA_REGS_40 ", " \
-  "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, " \
-  "%56, %57, %58, %59, %60, %61, %62, %63"
+  "%40, %41, %42, %43, %44, %45, %46, %47"
+#define FA_REGS_64 \
+  FA_REGS_48 ", " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define FA_ACCUM_32 \
   "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), \
   "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), \
@@ -67,10 +69,12 @@ FA_DEVICE void wgmma_fence_operand(float (&d)[kN][4]) {
   FA_ACCUM_32, \
   "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]), \
   "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3])
-#define FA_ACCUM_64 \
+#define FA_ACCUM_48 \
   FA_ACCUM_40, \
   "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), \
-  "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]), \
+  "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3])
+#define FA_ACCUM_64 \
+  FA_ACCUM_48, \
   "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), \
   "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]), \
   "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), \
@@ -131,8 +135,12 @@ FA_DEVICE void wgmma_m64k16_ss(float (&d)[kN][4], uint64_t a_desc, uint64_t b_de
 template <class T, int kN>
 FA_DEVICE void wgmma_m64k16_rs(float (&d)[kN][4], const uint32_t (&a)[4], uint64_t b_desc) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
-  static_assert(kN == 8 || kN == 16, "write the operand list of this n");
+  static_assert(kN == 8 || kN == 12 || kN == 16, "write the operand list of this n");
   constexpr bool kHalf = std::is_same_v<T, __half>;
+  if constexpr (kN == 12 && kHalf)
+    FA_WGMMA_RS(96, 48, "f16.f16", "%48", "%49", "%50", "%51", "%52");
+  if constexpr (kN == 12 && !kHalf)
+    FA_WGMMA_RS(96, 48, "bf16.bf16", "%48", "%49", "%50", "%51", "%52");
   if constexpr (kN == 8 && kHalf) FA_WGMMA_RS(64, 32, "f16.f16", "%32", "%33", "%34", "%35", "%36");
   if constexpr (kN == 8 && !kHalf)
     FA_WGMMA_RS(64, 32, "bf16.bf16", "%32", "%33", "%34", "%35", "%36");
@@ -146,8 +154,9 @@ FA_DEVICE void wgmma_m64k16_rs(float (&d)[kN][4], const uint32_t (&a)[4], uint64
 // with d in local memory.
 template <int kN>
 FA_DEVICE void wgmma_pin(float (&d)[kN][4]) {
-  static_assert(kN == 8 || kN == 16, "write the operand list of this n");
+  static_assert(kN == 8 || kN == 12 || kN == 16, "write the operand list of this n");
   if constexpr (kN == 8) asm volatile("" : FA_ACCUM_32::"memory");
+  if constexpr (kN == 12) asm volatile("" : FA_ACCUM_48::"memory");
   if constexpr (kN == 16) asm volatile("" : FA_ACCUM_64::"memory");
 }
 
@@ -156,8 +165,10 @@ template <class T, int kN>
 FA_DEVICE void wgmma_m64k16_ss_mn(float (&d)[kN][4], uint64_t a_desc, uint64_t b_desc,
                                   bool accumulate) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
-  static_assert(kN == 8 || kN == 16, "write the operand list of this n");
+  static_assert(kN == 8 || kN == 12 || kN == 16, "write the operand list of this n");
   constexpr bool kHalf = std::is_same_v<T, __half>;
+  if constexpr (kN == 12 && kHalf) FA_WGMMA_SS_MN(96, 48, "f16.f16", "%48", "%49", "%50");
+  if constexpr (kN == 12 && !kHalf) FA_WGMMA_SS_MN(96, 48, "bf16.bf16", "%48", "%49", "%50");
   if constexpr (kN == 8 && kHalf) FA_WGMMA_SS_MN(64, 32, "f16.f16", "%32", "%33", "%34");
   if constexpr (kN == 8 && !kHalf) FA_WGMMA_SS_MN(64, 32, "bf16.bf16", "%32", "%33", "%34");
   if constexpr (kN == 16 && kHalf) FA_WGMMA_SS_MN(128, 64, "f16.f16", "%64", "%65", "%66");
@@ -186,9 +197,11 @@ FA_DEVICE void wgmma_m64k16_rs_k(float (&d)[kN][4], const uint32_t (&a)[4], uint
 #undef FA_WGMMA_RS
 #undef FA_WGMMA_SS
 #undef FA_ACCUM_64
+#undef FA_ACCUM_48
 #undef FA_ACCUM_40
 #undef FA_ACCUM_32
 #undef FA_REGS_64
+#undef FA_REGS_48
 #undef FA_REGS_40
 #undef FA_REGS_32
 

@@ -93,7 +93,7 @@ struct BwdLayout {
   static constexpr int kProducerRegs = BWD_REGS_P, kDqRegs = BWD_REGS_DQ, kConsumerRegs = BWD_REGS_C;
   static constexpr int kStages = BWD_STAGES;
   static constexpr bool kKeptInRegs = BWD_KEPT && kHeadDim == 64 && !kScoreMod;  // K and V as operands
-  static constexpr int kDqCols = min(kHeadDim, BWD_DQ_N);
+  static constexpr int kDqCols = kHeadDim == 128 ? 64 : kHeadDim;
   static_assert(kTileN == kConsumers * kKeys);
 
   using TileKept = SwizzledTile<kKeys, kHeadDim>;     // K or V of a consumer
@@ -108,10 +108,10 @@ struct BwdLayout {
   static constexpr int kQ = kV + kConsumers * TileKept::kBytes;
   static constexpr int kDout = kQ + kStages * TileStream::kBytes;
   static constexpr int kScores = kDout + kStages * TileStream::kBytes;
-  // dQ on its way to global memory: two buffers of kTileM x kDqCols floats.
+  // dQ on its way to global memory: buffers of 64 x kDqCols floats.
   static constexpr int kDqBytes = kBwdDqRows * kDqCols * static_cast<int>(sizeof(float));
   static constexpr int kDq = kScores + 2 * kConsumers * TileScores::kBytes;
-  static constexpr int kStatistics = kDq + (BWD_BULK ? 2 * kDqBytes : 0);
+  static constexpr int kStatistics = kDq + (BWD_BULK ? kTileM * kHeadDim * static_cast<int>(sizeof(float)) : 0);
   static constexpr int kKBarriers = kStatistics + kStages * 2 * kStatisticBytes;
   static constexpr int kVBarriers = kKBarriers + KeptPipeline::kBarrierBytes;
   static constexpr int kQBarriers = kVBarriers + KeptPipeline::kBarrierBytes;
@@ -363,8 +363,8 @@ struct BwdDq {
       if (!BWD_BULK && part == 0 && p.dq_semaphore != nullptr) wait_for_turn(tile, step, index);
       PROF(2);
 #if BWD_BULK
-      const uint32_t buffer = smem + Layout::kDq + (kParts == 1 ? scores.stage : part) * Layout::kDqBytes;
-      if (thread == 0) ptx::cp_async_bulk_wait_group_read<1>();
+      const uint32_t buffer = smem + Layout::kDq + part * Layout::kDqBytes;
+      if (thread == 0) ptx::cp_async_bulk_wait_group_read<kParts - 1>();
       ptx::bar_sync(7, kWarpgroupSize);
       FA_UNROLL
       for (int n = 0; n < kCols / 8; ++n)
