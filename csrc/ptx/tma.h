@@ -62,5 +62,9 @@ FA_DEVICE void cp_async_bulk_wait_group() {
 FA_DEVICE void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+// The same for global memory.
+FA_DEVICE void fence_proxy_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
 
 }  // namespace fa::ptx

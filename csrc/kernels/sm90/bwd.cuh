@@ -274,6 +274,43 @@ struct BwdStatistics {
   }
 };
 
+// Two warps that clear dq_accum: those of the first tile of keys of a KV head clear the rows of its
+// query heads, so that they are in L2 when the first sums come.
+template <class T, int kHeadDim, bool kScoreMod>
+struct BwdDqClearer {
+  static constexpr int kThreads = 2 * kWarpSize, kBarrier = 8;
+
+  const BwdParams& p;
+  const BwdLaunch& launch;
+  int thread;
+
+  FA_DEVICE void run() const {
+#pragma unroll 1
+    for (int i = blockIdx.x; i < launch.num_tiles; i += gridDim.x) {
+      const BwdTile tile = bwd_tile(p, launch, i);
+      if (tile.n_block != 0) continue;
+      clear(tile);
+      __threadfence();
+      ptx::bar_sync(kBarrier, kThreads);  // all have cleared
+      if (thread == 0) ptx::red_release_gpu_add_s32(bwd_cleared(p, tile), 1);
+    }
+  }
+  FA_DEVICE void clear(const BwdTile& tile) const {
+    constexpr int kBlock = kBwdDqRows * kHeadDim;
+    const int64_t first =
+        bwd_dq_block_index(p, tile.batch, tile.q_seq.first_row, 0, tile.first_head) * kBlock;
+    float* out = p.dq_accum + first + thread * 4;
+    const int64_t next_row = static_cast<int64_t>(p.num_heads_q) * kBlock;
+    const int rows = round_up(tile.q_seq.seqlen, kBwdTileM) / kBwdDqRows;
+#pragma unroll 1
+    for (int row = 0; row < rows; ++row, out += next_row) {
+#pragma unroll 4
+      for (int i = 0; i < launch.heads_per_kv * kBlock; i += 4 * kThreads)
+        ptx::st_global_v4(out + i, uint4{0, 0, 0, 0});
+    }
+  }
+};
+
 // One arrival of a warp whose lanes are all done with a buffer.
 template <class Pipeline>
 FA_DEVICE void release_by_warp(const Pipeline& pipeline, int lane) {
@@ -303,6 +340,7 @@ struct BwdDq {
     for (int i = blockIdx.x; i < launch.num_tiles; i += gridDim.x) {
       const BwdTile tile = bwd_tile(p, launch, i);
       if (tile.num_steps == 0) continue;
+      if (thread == 0) wait_until_cleared(tile);
       k.wait_full();
       BwdStep step = BwdStep::first(p, tile);
 #pragma unroll 1
@@ -413,6 +451,11 @@ struct BwdDq {
     while (lane == 0 && ptx::ld_acquire_gpu_s32(p.dq_semaphore + index) < done) {
     }
     if (!BWD_BULK) __syncwarp();
+  }
+  FA_DEVICE void wait_until_cleared(const BwdTile& tile) const {
+    while (ptx::ld_acquire_gpu_s32(bwd_cleared(p, tile)) == 0) {
+    }
+    ptx::fence_proxy_async_global();  // before the additions
   }
   // Says that the additions of the last turn are done, once they are.
   FA_DEVICE void end_turn() {
@@ -852,6 +895,9 @@ __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
     if (warp == 0 && lane == 0) BwdProducer<T, kHeadDim, kScoreMod>(p, launch, smem_base).run();
     if (warp == 1) BwdStatistics<T, kHeadDim, kScoreMod>{p, launch, smem_base, lane}.run();
+    if (warp >= 2)
+      BwdDqClearer<T, kHeadDim, kScoreMod>{p, launch, static_cast<int>(threadIdx.x) - 2 * kWarpSize}
+          .run();
   } else if (warpgroup == 1) {
     ptx::setmaxnreg_dec<Layout::kDqRegs>();
     BwdDq<T, kHeadDim, kScoreMod>{p, launch, smem_base, static_cast<int>(threadIdx.x) - kWarpgroupSize, lane, -1}

@@ -77,6 +77,11 @@ FA_DEVICE int64_t statistics_row(const BwdParams& p, const BwdTile& tile, int he
              : (static_cast<int64_t>(tile.batch) * p.num_heads_q + head) * p.seqlens_q.max_seqlen;
 }
 
+// Counter of BwdParams::dq_cleared.
+FA_DEVICE int* bwd_cleared(const BwdParams& p, const BwdTile& tile) {
+  return p.dq_cleared + static_cast<int64_t>(tile.batch) * p.num_heads_kv + tile.head_kv;
+}
+
 // Number of the tile (m_block, head) of a sequence in dq_accum and among the semaphores.
 FA_DEVICE int64_t bwd_dq_tile_index(const BwdParams& p, int batch, int64_t first_row, int m_block,
                                     int head) {
