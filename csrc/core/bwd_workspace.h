@@ -35,12 +35,6 @@ FA_HD constexpr int64_t bwd_dq_semaphores(int64_t rows, int num_heads_q, int til
   return rows / tile_m * num_heads_q;
 }
 
-// Counters of dq_accum's parts that the kernel has cleared, one for each KV head of each sequence
-// and of what lies behind the last one.
-FA_HD constexpr int64_t bwd_dq_cleared(int batch_size, int num_heads_kv) {
-  return int64_t{batch_size + 1} * num_heads_kv;
-}
-
 static_assert(bwd_dq_accum_rows(false, 3, 65, 195, 64) == 3 * 128);
 static_assert(bwd_dq_accum_rows(true, 3, 65, 195, 64) == (195 / 64 + 3) * 64);
 static_assert(bwd_dq_accum_first_row(false, 3, 65, 0, 64) ==

@@ -15,7 +15,7 @@ namespace fa {
 
 // Raised with every change of a struct below or of core/backend.h: a library built from other
 // sources is refused instead of being called with the wrong layout.
-constexpr uint32_t kKernelAbiVersion = 4;
+constexpr uint32_t kKernelAbiVersion = 3;
 
 // Strides of a [batch, token, head, dim] tensor, elements. Varlen ([total, head, dim]): batch == 0.
 struct Strides {
@@ -72,10 +72,8 @@ struct BwdParams {
   void* dq;            // shape of q; every row is written
   void* dk;            // shape of k
   void* dv;            // shape of v
-  float* dq_accum;     // bwd_dq_accum_elements() of core/bwd_workspace.h, zeroed if !dq_cleared
+  float* dq_accum;     // bwd_dq_accum_elements() of core/bwd_workspace.h, zeroed
   int* dq_semaphore;   // bwd_dq_semaphores(), zeroed; nullptr: not deterministic
-  int* dq_cleared;     // [bwd_dq_cleared()], zeroed: kernels that clear dq_accum themselves say here
-                       // for which (sequence, KV head) it is done; nullptr for others
 
   Strides dout_strides, q_strides, k_strides, v_strides, dq_strides, dk_strides, dv_strides;
   SeqlenArgs seqlens_q, seqlens_k;

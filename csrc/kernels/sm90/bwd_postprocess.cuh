@@ -28,16 +28,16 @@ __global__ void __launch_bounds__(kWarpgroupSize)
   T* head =
       static_cast<T*>(p.dq) + element_offset(p.dq_strides.batch, p.dq_strides.token,
                                              p.dq_strides.head, at.batch, seq.first_row, at.head);
-  const int first = at.m_block * kBwdDqRows, thread = threadIdx.x, lane = thread % kWarpSize;
+  const int first = at.m_block * kBwdTileM, thread = threadIdx.x, lane = thread % kWarpSize;
   if (first >= seq.seqlen) {
     // The rest behind the last sequence may have more tiles than the grid.
-    for (int row = first; row < seq.stored; row += grid.num_m_blocks * kBwdDqRows)
-      clear_rows<kWarpgroupSize>(head, p.dq_strides.token,
-                                 {row, min(row + kBwdDqRows, seq.stored)}, p.head_dim, thread);
+    for (int row = first; row < seq.stored; row += grid.num_m_blocks * kBwdTileM)
+      clear_rows<kWarpgroupSize>(head, p.dq_strides.token, {row, min(row + kBwdTileM, seq.stored)},
+                                 p.head_dim, thread);
     return;
   }
-  const int64_t index = bwd_dq_block_index(p, at.batch, seq.first_row, at.m_block, at.head);
-  const float* sums = p.dq_accum + index * (kBwdDqRows * kHeadDim) + thread * 4;
+  const int64_t index = bwd_dq_tile_index(p, at.batch, seq.first_row, at.m_block, at.head);
+  const float* sums = p.dq_accum + index * (kBwdTileM * kHeadDim) + thread * 4;
   const float scale = p.score.softmax_scale;
   uint4 x[kHeadDim / 8];
   FA_UNROLL
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kWarpgroupSize)
 
 template <class T, int kHeadDim>
 int launch_bwd_postprocess(const BwdParams& p, int num_sequences, cudaStream_t stream) {
-  const TileGrid grid{max(1, ceil_div(p.seqlens_q.max_seqlen, kBwdDqRows)), p.num_heads_q,
+  const TileGrid grid{max(1, ceil_div(p.seqlens_q.max_seqlen, kBwdTileM)), p.num_heads_q,
                       num_sequences};
   if (grid.size() == 0) return cudaSuccess;
   bwd_postprocess_kernel<T, kHeadDim>

@@ -10,11 +10,7 @@
 
 namespace fa {
 
-#ifndef BWD_M
-#define BWD_M 64
-#endif
-constexpr int kBwdTileM = BWD_M, kBwdTileN = 128;
-constexpr int kBwdDqRows = 64;  // of a block of dq_accum
+constexpr int kBwdTileM = 64, kBwdTileN = 128;  // of every row in core/tile_config.h that is built
 
 // What the launcher adds to the parameters.
 struct BwdLaunch {
@@ -26,11 +22,12 @@ struct BwdLaunch {
 
 // A tile of keys of one KV head.
 struct BwdTile {
-  int n_block, head_kv, batch, first_head;
+  int n_block, head_kv, batch;
+  int first_head;  // of the query heads that read it
   SeqlenInfo q_seq, k_seq;
   MaskSpec mask;
   BlockRange blocks;  // of queries that see a key of it
-  int num_steps;      // of all query heads that read it
+  int num_steps;      // blocks of all heads
 };
 
 FA_DEVICE BwdTile bwd_tile(const BwdParams& p, const BwdLaunch& launch, int index) {
@@ -48,8 +45,8 @@ FA_DEVICE BwdTile bwd_tile(const BwdParams& p, const BwdLaunch& launch, int inde
   return tile;
 }
 
-// A tile of queries of one head. A CTA walks the blocks of each head of the group downwards, from a
-// block of its own on, so that tiles of keys that run at the same time add to different rows of dQ.
+// A tile of queries of one head. A CTA walks the blocks of each head downwards, from a block of its
+// own on, so that tiles of keys that run at the same time add to different rows of dQ.
 // Deterministic: all from the last block on; then neighbouring tiles of keys meet a tile of queries
 // one after the other, as they have to.
 struct BwdStep {
@@ -77,11 +74,6 @@ FA_DEVICE int64_t statistics_row(const BwdParams& p, const BwdTile& tile, int he
              : (static_cast<int64_t>(tile.batch) * p.num_heads_q + head) * p.seqlens_q.max_seqlen;
 }
 
-// Counter of BwdParams::dq_cleared.
-FA_DEVICE int* bwd_cleared(const BwdParams& p, const BwdTile& tile) {
-  return p.dq_cleared + static_cast<int64_t>(tile.batch) * p.num_heads_kv + tile.head_kv;
-}
-
 // Number of the tile (m_block, head) of a sequence in dq_accum and among the semaphores.
 FA_DEVICE int64_t bwd_dq_tile_index(const BwdParams& p, int batch, int64_t first_row, int m_block,
                                     int head) {
@@ -89,16 +81,6 @@ FA_DEVICE int64_t bwd_dq_tile_index(const BwdParams& p, int batch, int64_t first
       bwd_dq_accum_first_row(p.seqlens_q.cu_seqlens != nullptr, batch, p.seqlens_q.max_seqlen,
                              static_cast<int>(first_row), kBwdTileM);
   return (accum_row / kBwdTileM + m_block) * p.num_heads_q + head;
-}
-
-// Number of a block of kBwdDqRows rows of a head in dq_accum; the next one of the head is
-// num_heads_q blocks further on.
-FA_DEVICE int64_t bwd_dq_block_index(const BwdParams& p, int batch, int64_t first_row, int block,
-                                     int head) {
-  const int64_t accum_row =
-      bwd_dq_accum_first_row(p.seqlens_q.cu_seqlens != nullptr, batch, p.seqlens_q.max_seqlen,
-                             static_cast<int>(first_row), kBwdTileM);
-  return (accum_row / kBwdDqRows + block) * p.num_heads_q + head;
 }
 
 }  // namespace fa
