@@ -49,7 +49,8 @@ Plan tile_of(Arch arch, const Problem& p, const DeviceFacts& device) {
     plan.tile_n = tile.tile_n;
     plan.num_stages = tile.num_q_stages;
     plan.num_threads = bwd_num_threads(arch, tile);
-    plan.smem_bytes = bwd_smem_bytes(tile, built);
+    plan.smem_bytes =
+        sm80 ? bwd_smem_bytes(tile, built) : sm90_bwd_smem_bytes(tile, built);
   }
   return plan;
 }

@@ -464,6 +464,7 @@ int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream
   const TileGrid grid{max(1, ceil_div(p.seqlens_k.max_seqlen, kBwdTileN)), p.num_heads_kv,
                       num_sequences};
   if (grid.size() == 0) return cudaSuccess;
+  if (grid.size() > INT_MAX) return cudaErrorInvalidConfiguration;
   BwdLaunch launch;
   launch.heads_per_kv = p.num_heads_q / p.num_heads_kv;
   launch.num_tiles = static_cast<int>(grid.size());
