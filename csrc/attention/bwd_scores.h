@@ -52,26 +52,43 @@ FA_DEVICE float2 unpack(uint32_t pair) {
 struct TransposedScoreMod {
   ScoreMod mod;
 
-  // Raw q k^T becomes scores in log2 units.
-  template <int kM, int kN>
-  FA_DEVICE void score(AccumTile<kM, kN>& acc_s, TransposedOrigin origin, int lane) const {
-    for_each(acc_s, [&](float& x, int, int, int) { x *= mod.inner_scale; });
-    if (mod.outer_scale != 0.f)
-      for_each(acc_s, [&](float& x, int, int, int) { x = mod.outer_scale * ptx::tanh_approx(x); });
-    if (mod.slope != 0.f)
-      for_each(acc_s, [&](float& x, int m, int n, int i) { x -= bias(origin, lane, m, n, i); });
+  // What a score of score() is worth in log2 units. Positive: a masked score stays -inf.
+  FA_DEVICE float unit() const {
+    if (mod.slope != 0.f) return 1.f;
+    if (mod.outer_scale != 0.f) return mod.outer_scale;
+    return mod.inner_scale > 0.f ? mod.inner_scale : 1.f;
   }
 
-  // Multiplies `probs`, the weights of `scores`, by 1 - tanh^2: the derivative of softcap, finite
-  // for a score of -inf too.
+  // Raw q k^T becomes scores in unit(): raw ones, tanh, or log2 units.
+  template <int kM, int kN>
+  FA_DEVICE void score(AccumTile<kM, kN>& acc_s, TransposedOrigin origin, int lane) const {
+    const bool capped = mod.outer_scale != 0.f, biased = mod.slope != 0.f;
+    if (capped)
+      for_each(acc_s, [&](float& x, int, int, int) { x = ptx::tanh_approx(x * mod.inner_scale); });
+    if (biased) {
+      const float scale = capped ? mod.outer_scale : mod.inner_scale;
+      for_each(acc_s, [&](float& x, int m, int n, int i) {
+        x = fmaf(x, scale, -bias(origin, lane, m, n, i));
+      });
+    } else if (!capped && !(mod.inner_scale > 0.f)) {
+      for_each(acc_s, [&](float& x, int, int, int) { x *= mod.inner_scale; });
+    }
+  }
+
+  // Multiplies `probs`, the weights of `scores`, by 1 - tanh^2, the derivative of softcap. Never
+  // negative, and 0 for a score of -inf.
   template <int kM, int kN>
   FA_DEVICE void multiply_by_derivative(AccumTile<kM, kN>& probs, const AccumTile<kM, kN>& scores,
                                         TransposedOrigin origin, int lane) const {
-    const float inverse = ptx::rcp_approx_ftz(mod.outer_scale);
-    for_each(probs, [&](float& x, int m, int n, int i) {
-      const float tanh = (scores.x[m][n][i] + bias(origin, lane, m, n, i)) * inverse;
-      x *= 1.f - fminf(tanh * tanh, 1.f);
-    });
+    const auto multiply = [](float& x, float tanh) { x *= fmaxf(fmaf(-tanh, tanh, 1.f), 0.f); };
+    if (mod.slope == 0.f) {
+      for_each(probs, [&](float& x, int m, int n, int i) { multiply(x, scores.x[m][n][i]); });
+    } else {
+      const float inverse = ptx::rcp_approx_ftz(mod.outer_scale);
+      for_each(probs, [&](float& x, int m, int n, int i) {
+        multiply(x, (scores.x[m][n][i] + bias(origin, lane, m, n, i)) * inverse);
+      });
+    }
   }
 
   // Calls visit(m, n, i, kept) for the elements of kM bands and 16 queries. first_query is a
@@ -104,8 +121,7 @@ struct TransposedScoreMod {
       const uint32_t by_query[] = {odd_key ? other : mine, odd_key ? mine : other};
       FA_UNROLL
       for (int i = 0; i < 8; ++i) {
-        const uint32_t byte = by_query[i % 2] >> ((i % 4 / 2 * 2 + i / 4) * 8) & 0xFF;
-        visit(m, i / 4, i % 4, byte < static_cast<uint32_t>(mod.keep_threshold));
+        visit(m, i / 4, i % 4, mod.keeps(by_query[i % 2], i % 4 / 2 * 2 + i / 4));
       }
     }
   }

@@ -70,6 +70,13 @@ struct ScoreMod {
     if (slope != 0.f) add_alibi(acc_s, origin, lane);
   }
 
+  // Whether byte `byte` of a word is below keep_threshold. With that byte on top, the bytes below
+  // it do not decide: no need to take it out.
+  FA_DEVICE bool keeps(uint32_t word, int byte) const {
+    const uint32_t highest = (static_cast<uint32_t>(keep_threshold) << 24) - 1;  // 256: all ones
+    return word << (24 - 8 * byte) <= highest;
+  }
+
   // Calls visit(m, n, reg, kept) for every element; first_row, first_col of origin are multiples of
   // 16 and 32.
   template <int kM, int kN, class Visit>
@@ -85,7 +92,7 @@ struct ScoreMod {
                           static_cast<uint32_t>(origin.first_col / kDropoutTileCols + n / 4), lane);
         FA_UNROLL
         for (int reg = 0; reg < 16; ++reg)
-          visit(m, n + reg / 4, reg % 4, philox_byte(bytes, reg) < keep_threshold);
+          visit(m, n + reg / 4, reg % 4, keeps(bytes.word[reg / 4], reg % 4));
       }
     }
   }

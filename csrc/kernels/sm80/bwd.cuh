@@ -259,7 +259,7 @@ struct BwdCta {
         scores.x[j / 2][j % 2][i] = acc.x[part.m + j / 2][2 * part.k + j % 2][i];
     }
     AccumTile<kModBands, 2> weights = scores;
-    to_weights(weights, 1.f, lse + 16 * part.k * sizeof(float));
+    to_weights(weights, mod.unit(), lse + 16 * part.k * sizeof(float));
     AccumTile<kModBands, 2> others = weights;
     if (mod.mod.outer_scale != 0.f) mod.multiply_by_derivative(others, scores, origin, lane);
     if (p.score.keep_threshold < 256) {
@@ -281,7 +281,8 @@ struct BwdCta {
     Operand ds;
     for_each_pair(ds, stage, chunk, kAllSteps,
                   [](uint32_t address, uint32_t& pair) { pair = ptx::ld_shared_u32(address); });
-    const float factor = kScoreMod ? 256.f / p.score.keep_threshold : 1.f;
+    if (kScoreMod && p.score.keep_threshold < 256)
+      drop_gradient(acc, ds, 256.f / p.score.keep_threshold);
     FA_UNROLL
     for (int n = 0; n < Shape::kChunk / 8; ++n) {
       const float2 delta = statistic_pair(statistics(stage, chunk) + Shape::kStatisticBytes, n);
@@ -290,7 +291,9 @@ struct BwdCta {
         FA_UNROLL
         for (int h = 0; h < 2; ++h) {
           uint32_t& pair = ds.x[m][n / 2][n % 2 * 2 + h];
-          pair = dscore_pair(pair, {acc.x[m][n][2 * h], acc.x[m][n][2 * h + 1]}, delta, factor);
+          const float2 prob = unpack<T>(pair);
+          pair = pack<T>(prob.x * (acc.x[m][n][2 * h] - delta.x),
+                         prob.y * (acc.x[m][n][2 * h + 1] - delta.y));
         }
       }
     }
@@ -298,16 +301,24 @@ struct BwdCta {
     return ds;
   }
 
-  // dS of two queries and one key. factor: of dropout.
-  static FA_DEVICE uint32_t dscore_pair(uint32_t probs, float2 dp, float2 delta, float factor) {
-    if constexpr (kScoreMod) {
-      // The sign bits, as a dropped P may be -0.
-      dp.x = probs & 0x8000u ? 0.f : dp.x * factor;
-      dp.y = probs & 0x80000000u ? 0.f : dp.y * factor;
-      probs &= 0x7FFF7FFFu;
+  // dP of what dropout keeps times `factor`, of what it drops 0. The sign of P says which, and leaves
+  // it: even a dropped P of 0 has one.
+  static FA_DEVICE void drop_gradient(Scores& dp, Operand& probs, float factor) {
+    FA_UNROLL
+    for (int m = 0; m < Shape::kBands; ++m) {
+      FA_UNROLL
+      for (int n = 0; n < Shape::kChunk / 8; ++n) {
+        FA_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          uint32_t& pair = probs.x[m][n / 2][n % 2 * 2 + h];
+          float& low = dp.x[m][n][2 * h];
+          float& high = dp.x[m][n][2 * h + 1];
+          low = pair & 0x8000u ? 0.f : low * factor;
+          high = pair & 0x80000000u ? 0.f : high * factor;
+          pair &= 0x7FFF7FFFu;
+        }
+      }
     }
-    const float2 prob = unpack<T>(probs);
-    return pack<T>(prob.x * (dp.x - delta.x), prob.y * (dp.y - delta.y));
   }
 
   // dV += P^T dO or dK += dS^T Q.
