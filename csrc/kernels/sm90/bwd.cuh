@@ -17,6 +17,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <climits>
+
 #include "attention/bwd_scores.h"
 #include "kernels/launch.h"
 #include "kernels/sm90/bwd_dq.h"
@@ -264,7 +266,7 @@ struct BwdConsumer {
     FA_UNROLL
     for (int i = 0; i < 8; ++i) scores.x[0][i / 4][i % 4] = acc.x[0][2 * k + i / 4][i % 4];
     AccumTile<1, 2> weights = scores;
-    to_weights(weights, 1.f, minus_lse, 2 * k);
+    to_weights(weights, mod.unit(), minus_lse, 2 * k);
     AccumTile<1, 2> others = weights;
     if (mod.mod.outer_scale != 0.f) mod.multiply_by_derivative(others, scores, origin, lane);
     if (p.score.keep_threshold < 256) {
@@ -281,30 +283,36 @@ struct BwdConsumer {
     }
   }
 
-  FA_DEVICE void to_dscores(Operand& dscores, const Operand& probs, const Scores& acc,
+  FA_DEVICE void to_dscores(Operand& dscores, Operand& probs, Scores& dp,
                             const Statistics& deltas) const {
-    const float factor = kScoreMod ? 256.f / p.score.keep_threshold : 1.f;
+    if (kScoreMod && p.score.keep_threshold < 256)
+      drop_gradient(dp, probs, 256.f / p.score.keep_threshold);
     FA_UNROLL
     for (int n = 0; n < kTileM / 8; ++n) {
       const float2 delta = deltas.pair[n];
       FA_UNROLL
       for (int h = 0; h < 2; ++h) {
-        const int i = n % 2 * 2 + h;
-        dscores.x[0][n / 2][i] = dscore_pair(
-            probs.x[0][n / 2][i], {acc.x[0][n][2 * h], acc.x[0][n][2 * h + 1]}, delta, factor);
+        const float2 prob = unpack<T>(probs.x[0][n / 2][n % 2 * 2 + h]);
+        dscores.x[0][n / 2][n % 2 * 2 + h] = pack<T>(prob.x * (dp.x[0][n][2 * h] - delta.x),
+                                                     prob.y * (dp.x[0][n][2 * h + 1] - delta.y));
       }
     }
   }
-  // dS of two queries and one key. factor: of dropout.
-  static FA_DEVICE uint32_t dscore_pair(uint32_t probs, float2 dp, float2 delta, float factor) {
-    if constexpr (kScoreMod) {
-      // The sign bits, as a dropped P may be -0.
-      dp.x = probs & 0x8000u ? 0.f : dp.x * factor;
-      dp.y = probs & 0x80000000u ? 0.f : dp.y * factor;
-      probs &= 0x7FFF7FFFu;
+  // dP of what dropout keeps times `factor`, of what it drops 0. The sign of P says which, and leaves
+  // it: even a dropped P of 0 has one.
+  static FA_DEVICE void drop_gradient(Scores& dp, Operand& probs, float factor) {
+    FA_UNROLL
+    for (int n = 0; n < kTileM / 8; ++n) {
+      FA_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        uint32_t& pair = probs.x[0][n / 2][n % 2 * 2 + h];
+        float& low = dp.x[0][n][2 * h];
+        float& high = dp.x[0][n][2 * h + 1];
+        low = pair & 0x8000u ? 0.f : low * factor;
+        high = pair & 0x80000000u ? 0.f : high * factor;
+        pair &= 0x7FFF7FFFu;
+      }
     }
-    const float2 prob = unpack<T>(probs);
-    return pack<T>(prob.x * (dp.x - delta.x), prob.y * (dp.y - delta.y));
   }
 
   // dS to shared memory, and, once that has happened, word of it to the dQ warpgroup.
