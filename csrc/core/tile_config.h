@@ -168,16 +168,15 @@ struct BwdTileConfig {
   int num_q_stages;      // Q buffers
   int num_dout_stages;   // dO buffers
   int num_ds_stages;     // P or dS buffers, [tile_m, tile_n]
-  int num_warps;         // that compute; SM90 adds one producer warpgroup
+  int num_warps;         // that compute; SM90 adds a producer warpgroup and one for dQ
   bool v_in_regs;        // V passes through Q's and dO's buffers and keeps none
   bool dq_through_smem;  // dQ is staged in fp32 for a bulk reduction; else added from registers
 };
 
 // K and V stay, Q and dO stream: dK and dV are complete in one CTA, dQ is added up in global
 // memory.
-FA_HD constexpr BwdTileConfig bwd_tile_config(Arch arch, int head_dim, MaskKind mask) {
+FA_HD constexpr BwdTileConfig bwd_tile_config(Arch arch, int head_dim, MaskKind) {
   const int built = built_head_dim(head_dim);
-  const bool full = mask == MaskKind::kFull;
   // clang-format off
   switch (arch) {
     // Half of the warps own dV, the other half dK, tile_n / (num_warps / 2) keys to a warp: the

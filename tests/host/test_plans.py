@@ -381,7 +381,8 @@ def test_bad_arguments(
         explain(*args, **options)
 
 
-SM90_FORWARD = ("bf16", "head_dim 64", "causal", "window", "GQA", "varlen")
+SM90_FORWARD = ("fp16", "bf16", "head_dim 64", "causal", "window", "GQA", "varlen")
+SM90_BACKWARD = (*SM90_FORWARD, "softcap", "ALiBi", "dropout", "deterministic")
 ARCHS = ["sm80", "sm86", "sm89", "sm90", "sm100", "sm120"]
 
 
@@ -398,8 +399,8 @@ def test_support_table(with_introspect: ModuleType) -> None:
         ):
             assert found == ["PyTorch"] * 6, row
         else:
-            own = SM90_FORWARD if row["family"] == "fwd" else not attention and row["feature"]
-            newest = [arch == "sm90" and bool(own) and row["feature"] in own for arch in ARCHS]
+            own = {"fwd": SM90_FORWARD, "bwd": SM90_BACKWARD}.get(row["family"], row["feature"])
+            newest = [arch == "sm90" and row["feature"] in own for arch in ARCHS]
             assert found == ["_sm90" if is_own else "_sm80" for is_own in newest], row
 
 

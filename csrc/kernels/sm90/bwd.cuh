@@ -298,8 +298,8 @@ struct BwdConsumer {
       }
     }
   }
-  // dP of what dropout keeps times `factor`, of what it drops 0. The sign of P says which, and leaves
-  // it: even a dropped P of 0 has one.
+  // dP of what dropout keeps times `factor`, of what it drops 0. The sign of P says which, and
+  // leaves it: even a dropped P of 0 has one.
   static FA_DEVICE void drop_gradient(Scores& dp, Operand& probs, float factor) {
     FA_UNROLL
     for (int n = 0; n < kTileM / 8; ++n) {
