@@ -124,16 +124,14 @@ def _output(*command: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit of the working tree, marked if it is changed; without git that of the build."""
-    folder = str(Path(__file__).parent)
-    commit = _output("git", "-C", folder, "rev-parse", "HEAD")
-    if commit is not None:
-        changed = _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
-        return f"{commit[:12]} with changes" if changed else commit[:12]
+    """The commit that the measured build was made from; unknown to it, that of the working tree."""
     from flash_attn_ext import _load
 
-    build_info = _load.status().build_info or {}
-    return str(build_info.get("git_sha") or "unknown")[:12]
+    built_from = (_load.status().build_info or {}).get("git_sha")
+    if built_from:
+        return str(built_from)[:12]
+    folder = str(Path(__file__).parent)
+    return (_output("git", "-C", folder, "rev-parse", "HEAD") or "unknown")[:12]
 
 
 def _relative(argument: str) -> str:

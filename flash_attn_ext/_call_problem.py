@@ -39,7 +39,7 @@ _CACHE_OPTIONS = {
     "cu_seqlens_k_new",
     "rotary_seqlens",
 }
-_FLAGS = ("varlen", "softcap", "alibi", "dropout", "deterministic")
+_FLAGS = ("varlen", "softcap", "alibi", "dropout", "dmask", "deterministic")
 
 
 def bind(
@@ -169,6 +169,7 @@ def _attention_problem(form: str, call: dict[str, Any], dtype: str) -> Problem:
     q = call["q"]
     k, v = (call["k_cache"], call["v_cache"]) if form == "kvcache" else (call["k"], call["v"])
     window_left, window_right = _checks.window(call["causal"], call["window_size"])
+    dropout = call.get("dropout_p", 0.0) > 0
     return {
         "family": "decode" if form == "kvcache" else "fwd",
         "dtype": dtype,
@@ -178,7 +179,8 @@ def _attention_problem(form: str, call: dict[str, Any], dtype: str) -> Problem:
         "window_right": window_right,
         "softcap": call["softcap"] != 0,
         "alibi": call["alibi_slopes"] is not None,
-        "dropout": call.get("dropout_p", 0.0) > 0,
+        "dropout": dropout,
+        "dmask": dropout and call.get("return_attn_probs", False),
         "positive_scale": call["softmax_scale"] is None or call["softmax_scale"] > 0,
         "deterministic": call.get("deterministic", False),
         "num_splits": call.get("num_splits", 0),

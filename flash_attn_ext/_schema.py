@@ -16,6 +16,8 @@ lengths, head dimensions):
 * lse: natural log, fp32 (fp64 for fp64 inputs), [b, h, sq]; varlen [h, total_q]; -inf for a row
   that sees no key.
 * dmask: [b, h, round128(sq), round128(sk)] in q's dtype if ``return_dmask``, else an empty [0].
+* The arguments of fwd and bwd that change the scores have defaults, because callers leave out what
+  they do not use: each argument costs the dispatcher as much as reading two tensors' shapes.
 """
 
 from __future__ import annotations
@@ -42,14 +44,12 @@ _CACHE = (
     "Tensor? cu_seqlens_q, SymInt max_seqlen_q"
 )
 _ROTARY = "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? rotary_seqlens, bool rotary_interleaved"
-_FWD_TAIL = (
-    "Tensor? alibi_slopes, Tensor? rng_state, "
-    f"{_MASK}, float dropout_p, bool return_dmask, int num_splits, int sm_margin"
+_SCORES = (
+    "Tensor? alibi_slopes=None, Tensor? rng_state=None, float? softmax_scale=None, "
+    "int window_left=-1, int window_right=-1, float softcap=0.0, float dropout_p=0.0"
 )
-_BWD_TAIL = (
-    f"Tensor? alibi_slopes, Tensor? rng_state, {_MASK}, float dropout_p, "
-    "bool deterministic, int sm_margin"
-)
+_FWD_TAIL = f"{_SCORES}, bool return_dmask=False, int num_splits=0, int sm_margin=0"
+_BWD_TAIL = f"{_SCORES}, bool deterministic=False, int sm_margin=0"
 
 SCHEMAS: dict[str, str] = {
     # Forward. The *_out forms write into `out` (any strides, last dimension contiguous).
@@ -61,8 +61,8 @@ SCHEMAS: dict[str, str] = {
     "varlen_fwd_out": f"(Tensor q, Tensor k, Tensor v, Tensor(a!) out, {_VARLEN_FWD}, {_FWD_TAIL})"
     " -> (Tensor lse, Tensor dmask)",
     # Backward. dlse: gradient of lse, same shape; None = zero.
-    "bwd": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
-    f"{_BWD_TAIL}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "bwd": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"Tensor? dlse=None, {_BWD_TAIL}) -> (Tensor dq, Tensor dk, Tensor dv)",
     "varlen_bwd": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"Tensor? dlse, {_VARLEN_BWD}, {_BWD_TAIL}) -> (Tensor dq, Tensor dk, Tensor dv)",
     # delta = rowsum(dout * out) - dlse: fp32 (fp64 for fp64), [b, h, sq]; varlen [h, total_q].
@@ -164,10 +164,15 @@ def _fake_statistics(
     )
 
 
+def _is_dmask_asked_for(options: tuple[Any, ...]) -> bool:
+    """``return_dmask`` among the arguments of _FWD_TAIL that were given."""
+    return len(options) > 7 and bool(options[7])
+
+
 def _fake_fwd_out(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    return_dmask = options[7]
+    return_dmask = _is_dmask_asked_for(options)
     return _fake_statistics(q, q.shape[1], k.shape[1], q.shape[0], return_dmask)
 
 
@@ -190,7 +195,7 @@ def _fake_varlen_fwd_out(
     max_seqlen_k: int,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    batch_size, return_dmask = cu_seqlens_q.shape[0] - 1, options[7]
+    batch_size, return_dmask = cu_seqlens_q.shape[0] - 1, _is_dmask_asked_for(options)
     return _fake_statistics(q, max_seqlen_q, max_seqlen_k, batch_size, return_dmask)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from .autograd import Lengths, Options, attention, varlen_attention
+from .autograd import CAUSAL, PLAIN, Lengths, Options, attention, varlen_attention
 from .errors import UnsupportedError
 from .merge import apply_sink
 
@@ -139,7 +139,6 @@ def flash_attn_func(
     _checks.unsupported(attention_chunk, qv, q_descale, k_descale, v_descale)
     _checks.fixed(q, k, v)
     options = _options(
-        q,
         softmax_scale,
         causal,
         window_size,
@@ -154,7 +153,7 @@ def flash_attn_func(
     sink = _sink(s_aux, learnable_sink, q, return_attn_probs)
     if out is not None:
         _checks.output(out, q, v.shape[-1], k, v, sink)
-    q, k, v = map(_checks.last_dim_contiguous, (q, k, v))
+    q, k, v = _checks.last_dims_contiguous(q, k, v)
     result = attention(q, k, v, alibi_slopes, options, deterministic, out)
     return _result(*result, sink, out is not None, return_softmax_lse, return_attn_probs)
 
@@ -377,7 +376,6 @@ def flash_attn_varlen_func(
     )
     _checks.varlen(q, k, v, page_table, *lengths)
     options = _options(
-        q,
         softmax_scale,
         causal,
         window_size,
@@ -392,7 +390,7 @@ def flash_attn_varlen_func(
     sink = _sink(s_aux, learnable_sink, q, return_attn_probs)
     if out is not None:
         _checks.output(out, q, v.shape[-1], k, v, sink)
-    q, k, v = map(_checks.last_dim_contiguous, (q, k, v))
+    q, k, v = _checks.last_dims_contiguous(q, k, v)
     result = varlen_attention(
         q, k, v, lengths, page_table, alibi_slopes, options, deterministic, out
     )
@@ -533,7 +531,6 @@ def flash_attn_varlen_qkvpacked_func(
 
 
 def _options(
-    q: Tensor,
     softmax_scale: float | None,
     causal: bool,
     window_size: WindowSize,
@@ -543,10 +540,10 @@ def _options(
     num_splits: int,
     sm_margin: int,
 ) -> Options:
-    """Checked scalars with their defaults filled in."""
-    softmax_scale, softcap, dropout_p = _checks.scores(
-        softmax_scale, softcap, dropout_p, q.shape[-1]
-    )
+    """Checked scalars."""
+    if softmax_scale is None and _is_plain(window_size, softcap, dropout_p, num_splits, sm_margin):
+        return CAUSAL if causal else PLAIN
+    softmax_scale, softcap, dropout_p = _checks.scores(softmax_scale, softcap, dropout_p)
     window_left, window_right = _checks.window(causal, window_size)
     _checks.splits(num_splits, sm_margin)
     return Options(
@@ -561,6 +558,27 @@ def _options(
         num_splits,
         sm_margin,
     )
+
+
+def _is_plain(
+    window_size: Any, softcap: Any, dropout_p: Any, num_splits: Any, sm_margin: Any
+) -> bool:
+    """True only if all of these have their types and mean what is the default: most calls."""
+    if (
+        type(softcap) is not float
+        or type(dropout_p) is not float
+        or type(num_splits) is not int
+        or type(sm_margin) is not int
+        or softcap != 0.0
+        or dropout_p != 0.0
+        or num_splits != 0
+        or sm_margin != 0
+    ):
+        return False
+    if type(window_size) is not tuple or len(window_size) != 2:
+        return window_size is None
+    left, right = window_size
+    return type(left) is int and type(right) is int and left < 0 and right < 0
 
 
 def _sink(
@@ -589,7 +607,7 @@ def _unpack(qkv: Tensor, num_heads_q: int | None, varlen: bool) -> Sequence[Tens
 def _result(
     out: Tensor,
     lse: Tensor,
-    dmask: Tensor,
+    dmask: Tensor | None,
     sink: Tensor | None,
     is_given: bool,
     return_softmax_lse: bool,
@@ -600,5 +618,5 @@ def _result(
         with_sink, lse = apply_sink(out, lse, sink)
         out = out.copy_(with_sink) if is_given else with_sink
     if return_attn_probs:
-        return out, lse, dmask
+        return out, lse, out.new_empty([0]) if dmask is None else dmask
     return (out, lse) if return_softmax_lse else out

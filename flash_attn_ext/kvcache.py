@@ -138,7 +138,9 @@ def flash_attn_with_kvcache(
     batch_size = _cache_checks.cache(
         q, k_cache, v_cache, page_table, cu_seqlens_q, cache_batch_idx, cache_leftpad
     )
-    scale, softcap, _ = _checks.scores(softmax_scale, softcap, 0.0, q.shape[-1])
+    scale, softcap, _ = _checks.scores(softmax_scale, softcap, 0.0)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
     window_left, window_right = _checks.window(causal, window_size)
     _checks.splits(num_splits, sm_margin)
     if alibi_slopes is not None:

@@ -49,6 +49,7 @@ class Step:
         num_ctas: CTAs of the launch.
         num_stages: buffers in flight.
         num_splits: partial results to each row.
+        head_splits: CTAs that share the query heads of a key/value head (backward).
         smem_bytes: dynamic shared memory of a CTA.
         workspace_bytes: global memory beside inputs and outputs; None where it is not planned.
         reasons: one sentence for each library that was refused.
@@ -65,6 +66,7 @@ class Step:
     num_ctas: int | None = None
     num_stages: int | None = None
     num_splits: int | None = None
+    head_splits: int = 1
     smem_bytes: int | None = None
     workspace_bytes: int | None = None
     reasons: tuple[str, ...] = ()
@@ -80,6 +82,7 @@ class Step:
                 f"{self.num_ctas} CTAs, {self.num_stages} stage(s), {self.num_splits} split(s), "
                 f"{self.smem_bytes} B of shared memory, workspace {self.workspace_bytes} B"
                 f"{', copies rows first' if self.copies_rows else ''}"
+                f"{f', grouped heads shared by {n} CTAs' if (n := self.head_splits) > 1 else ''}"
             )
         elif self.backend == TORCH_TILED:
             what = f"PyTorch operations (backends/torch_tiled.py){tile}"
@@ -345,7 +348,7 @@ def explain(
     )
 
 
-_SIZES = {"batch_size": 2, "seqlen_q": 1024, "seqlen_k": 1024, "num_heads_q": 8, "num_heads_kv": 8}
+_SIZES = {"batch_size": 8, "seqlen_q": 1024, "seqlen_k": 1024, "num_heads_q": 8, "num_heads_kv": 8}
 _TYPES = {name: {"dtype": name} for name in ("fp16", "bf16", "fp32", "fp64")}
 _ATTENTION_FEATURES: dict[str, dict[str, Any]] = {
     **_TYPES,
@@ -364,7 +367,12 @@ _ROTARY_FEATURES = {
     "interleaved rotary": {"rotary_dim": 128, "rotary_interleaved": True},
 }
 FEATURES: dict[str, dict[str, dict[str, Any]]] = {
-    "fwd": {**_ATTENTION_FEATURES, "dropout": {"dropout": True}, "paged": {"page_size": 16}},
+    "fwd": {
+        **_ATTENTION_FEATURES,
+        "dropout": {"dropout": True},
+        "S_dmask": {"dropout": True, "dmask": True},
+        "paged": {"page_size": 16},
+    },
     "bwd": {
         **_ATTENTION_FEATURES,
         "dropout": {"dropout": True},

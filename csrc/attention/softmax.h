@@ -152,25 +152,14 @@ struct OnlineSoftmax {
   // exactly 1 in fp16, where the difference of two products is off by up to half an ulp of them.
   template <int kN>
   FA_DEVICE void weigh_far(AccumTile<kM, kN>& acc_s, float scale_log2) {
-    constexpr float kFar = 4096.f;  // half an ulp below: 2^-13, a quarter of fp16's next to 1
-    bool far = false;
-    FA_UNROLL
-    for (const float high : row_max) far |= fabsf(finite_max(high) * scale_log2) >= kFar;
-    if (std::is_same_v<T, __nv_bfloat16> || !__any_sync(0xffffffffu, far))
-      return weigh(acc_s, scale_log2);
-    FA_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const float reference = finite_max(row_max[r]);
+    if constexpr (std::is_same_v<T, __half>) {
+      constexpr float kFar = 4096.f;  // half an ulp below: 2^-13, a quarter of fp16's next to 1
+      bool far = false;
       FA_UNROLL
-      for (int n = 0; n < kN; ++n) {
-        FA_UNROLL
-        for (int i = r % 2 * 2; i < r % 2 * 2 + 2; ++i) {
-          float& weight = acc_s.x[r / 2][n][i];
-          weight = ptx::ex2_approx_ftz((weight - reference) * scale_log2);
-          row_sum[r] += weight;
-        }
-      }
+      for (const float high : row_max) far |= fabsf(finite_max(high) * scale_log2) >= kFar;
+      if (__any_sync(0xffffffffu, far)) return weigh_exactly(acc_s, scale_log2);
     }
+    weigh(acc_s, scale_log2);
   }
 
   template <int kD>
@@ -204,6 +193,24 @@ struct OnlineSoftmax {
   }
 
  private:
+  // weigh() that subtracts before it scales.
+  template <int kN>
+  FA_DEVICE void weigh_exactly(AccumTile<kM, kN>& acc_s, float scale_log2) {
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const float reference = finite_max(row_max[r]);
+      FA_UNROLL
+      for (int n = 0; n < kN; ++n) {
+        FA_UNROLL
+        for (int i = r % 2 * 2; i < r % 2 * 2 + 2; ++i) {
+          float& weight = acc_s.x[r / 2][n][i];
+          weight = ptx::ex2_approx_ftz((weight - reference) * scale_log2);
+          row_sum[r] += weight;
+        }
+      }
+    }
+  }
+
   // The new reference, row_sum relative to it, and what acc_o is to be multiplied by.
   template <class Rows>
   FA_DEVICE void move_reference(float (&tile_max)[kRows], float (&factor)[kRows], float scale_log2,

@@ -10,9 +10,10 @@ namespace fa {
 constexpr int64_t kRowBytes = 16;
 
 inline bool has_whole_rows(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.size(last) * static_cast<int64_t>(t.element_size()) % kRowBytes == 0 &&
-         (t.stride(last) == 1 || t.size(last) == 1) && rows_aligned(t, kRowBytes);
+  const auto size = t.sizes(), stride = t.strides();
+  const size_t last = size.size() - 1;
+  return size[last] * static_cast<int64_t>(t.element_size()) % kRowBytes == 0 &&
+         (stride[last] == 1 || size[last] == 1) && rows_aligned(t, kRowBytes);
 }
 
 // The shape of `t` with the last dimension rounded up to whole 16 bytes.
@@ -26,7 +27,7 @@ inline Shape whole_rows(const Tensor& t) {
 // `t`, or a copy whose rows are whole, zeros behind their elements.
 inline Tensor readable_rows(const Tensor& t) {
   if (has_whole_rows(t)) return t;
-  Tensor copy = torch::stable::new_zeros(t, whole_rows(t).ref());
+  Tensor copy = zero_tensor(t, whole_rows(t));
   const int64_t last = t.dim() - 1;
   Tensor rows = torch::stable::narrow(copy, last, 0, t.size(last));
   torch::stable::copy_(rows, t);

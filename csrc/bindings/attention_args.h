@@ -1,6 +1,8 @@
 // What the attention ops share: arguments in the order of the schemas, checked once and turned into
 // a Problem for the plan and the common fields of FwdParams and BwdParams.
 #pragma once
+#include <cmath>
+
 #include "bindings/device.h"
 #include "bindings/tensor_checks.h"
 #include "core/philox.h"
@@ -15,7 +17,7 @@ struct LengthArgs {  // of the varlen ops
 
 struct ScoreArgs {
   const OptionalTensor &alibi_slopes, &rng_state;
-  double softmax_scale;
+  std::optional<double> softmax_scale;  // nullopt: 1 / sqrt(head_dim)
   int64_t window_left, window_right;
   double softcap, dropout_p;
 };
@@ -27,6 +29,10 @@ struct AttentionArgs {
   ScoreArgs scores;
 
   int device_index() const { return q.get_device_index(); }
+  float softmax_scale() const {
+    if (scores.softmax_scale) return static_cast<float>(*scores.softmax_scale);
+    return static_cast<float>(1. / std::sqrt(static_cast<double>(q.size(q.dim() - 1))));
+  }
 };
 
 // Rank, device, element type and sizes of q, k and v.
@@ -35,12 +41,13 @@ inline void check_attention(const AttentionArgs& a) {
   check_place("q", a.q, a.q, rank);
   check_place("k", a.k, a.q, rank_k);
   check_place("v", a.v, a.q, rank_k);
-  check_dtype("k", a.k, a.q.scalar_type());
-  check_dtype("v", a.v, a.q.scalar_type());
-  for (int64_t i = 0; i + 1 < rank_k; ++i) check_size("v", a.v, i, a.k.size(i));
-  if (!a.lengths) check_size("k", a.k, 0, a.q.size(0));
-  check_size("k", a.k, rank_k - 1, a.q.size(rank - 1));
-  const int64_t heads_q = a.q.size(rank - 2), heads_kv = a.k.size(rank_k - 2);
+  check_dtype("k", a.k, a.q);
+  check_dtype("v", a.v, a.q);
+  const auto q_size = a.q.sizes(), k_size = a.k.sizes();
+  for (int64_t i = 0; i + 1 < rank_k; ++i) check_size("v", a.v, i, k_size[i]);
+  if (!a.lengths) check_size("k", a.k, 0, q_size[0]);
+  check_size("k", a.k, rank_k - 1, q_size[rank - 1]);
+  const int64_t heads_q = q_size[rank - 2], heads_kv = k_size[rank_k - 2];
   FA_CHECK(heads_kv > 0 ? heads_q % heads_kv == 0 : heads_q == 0, "q: got ", heads_q,
            " heads, expected a multiple of the ", heads_kv, " of k");
 }
@@ -74,7 +81,7 @@ inline Problem attention_problem(Family family, const AttentionArgs& a) {
   p.softcap = a.scores.softcap != 0.;
   p.alibi = a.scores.alibi_slopes.has_value();
   p.dropout = keep_threshold(a.scores.dropout_p) < 256;
-  p.positive_scale = static_cast<float>(a.scores.softmax_scale) > 0.f;
+  p.positive_scale = a.softmax_scale() > 0.f;
   return p;
 }
 
@@ -84,7 +91,7 @@ inline ScoreParams score_params(const AttentionArgs& a, const Problem& problem) 
   FA_CHECK(0. <= scores.dropout_p && scores.dropout_p < 1., "dropout_p: got ", scores.dropout_p,
            ", expected 0 <= dropout_p < 1");
   ScoreParams p{};
-  p.softmax_scale = static_cast<float>(scores.softmax_scale);
+  p.softmax_scale = a.softmax_scale();
   p.softcap = static_cast<float>(scores.softcap);
   p.window_left = problem.window_left;
   p.window_right = problem.window_right;

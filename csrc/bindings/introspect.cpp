@@ -159,6 +159,7 @@ py::dict plan_to_dict(const py::dict& problem, const py::object& device,
   d["num_splits"] = plan.num_splits;
   d["vectorized"] = plan.vectorized;
   d["smem_bytes"] = plan.smem_bytes;
+  d["head_splits"] = plan.head_splits;
   d["workspace_bytes"] = plan.workspace_bytes;
   return d;
 }
@@ -281,22 +282,27 @@ void define_tiles(py::module_& m) {
   m.def("built_head_dim", &built_head_dim);
   m.def("max_smem_bytes", [](const std::string& arch) { return max_smem_bytes(parse_arch(arch)); });
   // arch: of the kernels.
-  const auto fwd_tile_dict = [](Arch arch, const FwdTileConfig& c, int head_dim) {
-    const int built = built_head_dim(head_dim);
+  const auto fwd_tile_dict = [](Arch arch, const FwdTileConfig& c, int smem_bytes, int built_v) {
     return py::dict(py::arg("tile_m") = c.tile_m, py::arg("tile_n") = c.tile_n,
                     py::arg("num_stages") = c.num_stages, py::arg("num_q_stages") = c.num_q_stages,
                     py::arg("num_warps") = c.num_warps, py::arg("q_in_regs") = c.q_in_regs,
                     py::arg("warps_per_row") = c.warps_per_row,
                     py::arg("num_threads") = fwd_num_threads(arch, c),
-                    py::arg("smem_bytes") = fwd_smem_bytes(c, built, built),
-                    py::arg("accum_regs") = fwd_accum_regs(c, built));
+                    py::arg("smem_bytes") = smem_bytes,
+                    py::arg("accum_regs") = fwd_accum_regs(c, built_v));
   };
-  m.def("fwd_tile_config", [=](const std::string& arch_text, int head_dim, bool bordered) {
-    const Arch arch = parse_arch(arch_text);
-    return fwd_tile_dict(arch, fwd_tile_config(arch, head_dim, mask_kind(bordered)), head_dim);
-  });
   m.def("sm80_fwd_tile_config", [=](const std::string& gpu, int head_dim) {
-    return fwd_tile_dict(Arch::kSm80, sm80_fwd_tile_config(parse_arch(gpu), head_dim), head_dim);
+    const FwdTileConfig tile = sm80_fwd_tile_config(parse_arch(gpu), head_dim);
+    const int built = built_head_dim(head_dim);
+    return fwd_tile_dict(Arch::kSm80, tile, fwd_smem_bytes(tile, built, built), built);
+  });
+  m.def("sm90_fwd_tile_config", [=](int head_dim, int head_dim_v, const std::string& which) {
+    const BuiltHeadDims built = sm90_fwd_built_head_dims(head_dim, head_dim_v);
+    const FwdTileConfig tile =
+        sm90_fwd_tile_config(built, which == "tall"   ? Sm90FwdTile::kTall
+                                    : which == "fine" ? Sm90FwdTile::kFine
+                                                      : Sm90FwdTile::kScoreMod);
+    return fwd_tile_dict(Arch::kSm90, tile, sm90_fwd_smem_bytes(tile, built), built.head_dim_v);
   });
   const auto bwd_tile_dict = [](Arch arch, const BwdTileConfig& c, int head_dim) {
     const int built = built_head_dim(head_dim);

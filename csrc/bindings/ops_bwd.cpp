@@ -23,7 +23,7 @@ void check_results(const BwdArgs& args, const Problem& p) {
   const int64_t rank = a.q.dim();
   const auto check_like_out = [&](const char* name, const Tensor& t) {
     check_place(name, t, a.q, rank);
-    check_dtype(name, t, a.q.scalar_type());
+    check_dtype(name, t, a.q);
     for (int64_t i = 0; i + 1 < rank; ++i) check_size(name, t, i, a.q.size(i));
     check_size(name, t, rank - 1, p.head_dim_v);
   };
@@ -36,22 +36,36 @@ void check_results(const BwdArgs& args, const Problem& p) {
   check_size("lse", args.lse, rank - 2, p.varlen ? p.total_q : p.seqlen_q);
 }
 
-// The kernel adds dQ up in fp32, in tiles of its own.
+// The kernel adds dQ up in fp32, in tiles of its own; and dK and dV, if CTAs share heads.
 struct Workspace {
   Tensor dq_accum;
-  OptionalTensor dq_semaphore;
+  OptionalTensor dq_semaphore, dk_accum, dv_accum, dkv_semaphore;
 };
 
-Workspace new_workspace(const Tensor& q, const Problem& p, int tile_m) {
-  const int64_t rows = bwd_dq_accum_rows(p.varlen, p.batch_size, p.seqlen_q, p.total_q, tile_m);
+Workspace new_workspace(const Tensor& q, const Problem& p, const BwdParams& params,
+                        const Plan& plan) {
+  const int64_t rows =
+      bwd_dq_accum_rows(p.varlen, p.batch_size, p.seqlen_q, p.total_q, plan.tile_m);
   const int built = built_head_dim(max(p.head_dim, p.head_dim_v));
-  Workspace w{torch::stable::new_zeros(q, {bwd_dq_accum_elements(rows, p.num_heads_q, built)},
-                                       ScalarType::Float),
-              std::nullopt};
+  const auto zeros = [&](int64_t size, ScalarType type) { return zero_tensor(q, {size}, type); };
+  Workspace w{zeros(bwd_dq_accum_elements(rows, p.num_heads_q, built), ScalarType::Float)};
   if (p.deterministic)
-    w.dq_semaphore = torch::stable::new_zeros(q, {bwd_dq_semaphores(rows, p.num_heads_q, tile_m)},
-                                              ScalarType::Int);
+    w.dq_semaphore = zeros(bwd_dq_semaphores(rows, p.num_heads_q, plan.tile_m), ScalarType::Int);
+  if (plan.head_splits > 1) {
+    const int64_t heads = int64_t{params.total_k} * p.num_heads_kv;
+    w.dk_accum = zeros(heads * params.head_dim, ScalarType::Float);
+    w.dv_accum = zeros(heads * params.head_dim_v, ScalarType::Float);
+    if (p.deterministic)
+      w.dkv_semaphore = zeros(bwd_dkv_semaphores(p.varlen, p.batch_size, p.seqlen_k, p.total_k,
+                                                 p.num_heads_kv, plan.tile_n),
+                              ScalarType::Int);
+  }
   return w;
+}
+
+template <class T>
+T* data_of(const OptionalTensor& tensor) {
+  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
 Tensor contiguous_rows(const Tensor& t) {
@@ -62,7 +76,7 @@ Gradients launch_bwd(const PlannedKernel& kernel, const BwdArgs& args, const Pro
   const AttentionArgs& a = args.attention;
   check_results(args, problem);
   if (a.q.numel() == 0 || a.k.numel() == 0) {  // nobody sees a key
-    const auto zeros = [](const Tensor& t) { return torch::stable::new_zeros(t, t.sizes()); };
+    const auto zeros = [](const Tensor& t) { return zero_tensor(t, Shape(t)); };
     return {zeros(a.q), zeros(a.k), zeros(a.v)};
   }
   BwdParams p{};
@@ -72,12 +86,15 @@ Gradients launch_bwd(const PlannedKernel& kernel, const BwdArgs& args, const Pro
   const Tensor lse = args.lse.is_contiguous() ? args.lse : torch::stable::contiguous(args.lse);
   const Tensor contiguous_dout = contiguous_rows(args.dout);
   const Tensor delta = bwd_preprocess(contiguous_rows(args.out), contiguous_dout, args.dlse);
-  const Workspace workspace = new_workspace(a.q, problem, kernel.plan.tile_m);
+  p.head_splits = kernel.plan.head_splits;
+  const Workspace workspace = new_workspace(a.q, problem, p, kernel.plan);
   p.lse = static_cast<const float*>(lse.data_ptr());
   p.delta = static_cast<const float*>(delta.data_ptr());
   p.dq_accum = static_cast<float*>(workspace.dq_accum.data_ptr());
-  if (workspace.dq_semaphore)
-    p.dq_semaphore = static_cast<int*>(workspace.dq_semaphore->data_ptr());
+  p.dq_semaphore = data_of<int>(workspace.dq_semaphore);
+  p.dk_accum = data_of<float>(workspace.dk_accum);
+  p.dv_accum = data_of<float>(workspace.dv_accum);
+  p.dkv_semaphore = data_of<int>(workspace.dkv_semaphore);
 
   const Tensor dout = readable_rows(contiguous_dout);
   const Tensor q = readable_rows(a.q), k = readable_rows(a.k), v = readable_rows(a.v);
@@ -122,8 +139,8 @@ PlannedKernel plan_bwd(const Problem& problem, int device_index) {
 Gradients bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
               const Tensor& out, const Tensor& lse, const OptionalTensor& dlse,
               const OptionalTensor& alibi_slopes, const OptionalTensor& rng_state,
-              double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
-              double dropout_p, bool deterministic, int64_t sm_margin) {
+              std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
+              double softcap, double dropout_p, bool deterministic, int64_t sm_margin) {
   const ScoreArgs scores{alibi_slopes, rng_state, softmax_scale, window_left,
                          window_right, softcap,   dropout_p};
   const BwdArgs args{dout,          out,      lse, dlse, {q, k, v, nullptr, nullptr, scores},
@@ -143,9 +160,9 @@ Gradients varlen_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const
                      const Tensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                      const OptionalTensor& seqused_q, const OptionalTensor& seqused_k,
                      int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& alibi_slopes,
-                     const OptionalTensor& rng_state, double softmax_scale, int64_t window_left,
-                     int64_t window_right, double softcap, double dropout_p, bool deterministic,
-                     int64_t sm_margin) {
+                     const OptionalTensor& rng_state, std::optional<double> softmax_scale,
+                     int64_t window_left, int64_t window_right, double softcap, double dropout_p,
+                     bool deterministic, int64_t sm_margin) {
   const LengthArgs lengths{cu_seqlens_q, cu_seqlens_k, seqused_q,
                            seqused_k,    max_seqlen_q, max_seqlen_k};
   const ScoreArgs scores{alibi_slopes, rng_state, softmax_scale, window_left,

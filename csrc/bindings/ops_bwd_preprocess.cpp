@@ -12,7 +12,7 @@ Tensor bwd_preprocess(const Tensor& out, const Tensor& dout, const OptionalTenso
            " dimensions, expected [batch, seqlen, heads, head_dim] or [total, heads, head_dim]");
   check_tensor("out", out, out, rank);
   check_tensor("dout", dout, out, rank);
-  check_dtype("dout", dout, out.scalar_type());
+  check_dtype("dout", dout, out);
   for (int64_t i = 0; i < rank; ++i) check_size("dout", dout, i, out.size(i));
 
   const bool varlen = rank == 3;

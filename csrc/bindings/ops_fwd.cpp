@@ -55,16 +55,17 @@ std::tuple<Tensor, Tensor> launch_fwd(const FwdKernel& kernel, const FwdArgs& ar
   const Problem& problem = kernel.problem;
   FwdParams p{};
   fill_common(p, a, problem, kernel.planned.plan);
+  p.sm90_tile = kernel.planned.plan.sm90_tile;
   p.sm_margin = to_int("sm_margin", args.sm_margin);
 
   Tensor lse = new_lse(a.q, problem);
   p.lse = static_cast<float*>(lse.data_ptr());
   p.dmask_rows = args.return_dmask ? round_up(problem.seqlen_q, kDmaskStep) : 0;
   p.dmask_cols = args.return_dmask ? round_up(problem.seqlen_k, kDmaskStep) : 0;
-  Tensor dmask = args.return_dmask
-                     ? torch::stable::new_zeros(a.q, {problem.batch_size, problem.num_heads_q,
-                                                      p.dmask_rows, p.dmask_cols})
-                     : new_tensor(a.q, {0});
+  Tensor dmask =
+      args.return_dmask
+          ? zero_tensor(a.q, {problem.batch_size, problem.num_heads_q, p.dmask_rows, p.dmask_cols})
+          : new_tensor(a.q, {0});
   if (dmask.numel() > 0) p.dmask = dmask.data_ptr();
   if (lse.numel() == 0) return {lse, dmask};  // no row of q
 
@@ -78,10 +79,6 @@ std::tuple<Tensor, Tensor> launch_fwd(const FwdKernel& kernel, const FwdArgs& ar
   p.k_strides = strides_of(k);
   p.v_strides = strides_of(v);
   p.out_strides = strides_of(written);
-  const int64_t workspace_bytes = kernel.planned.plan.workspace_bytes;
-  const Tensor workspace =
-      new_tensor(a.q, {workspace_bytes / int64_t{sizeof(int)}}, ScalarType::Int);
-  if (workspace_bytes > 0) p.next_tile = static_cast<int*>(workspace.data_ptr());
   const Backend& backend = *kernel.planned.backend;
   launch(backend, backend.fwd, p, a.device_index());
   store_rows(written, out);
@@ -97,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> launch_fwd(const FwdKernel& kernel, const Fwd
 void check_out(const AttentionArgs& a, const Tensor& out) {
   const int64_t rank = a.q.dim();
   check_place("out", out, a.q, rank);
-  check_dtype("out", out, a.q.scalar_type());
+  check_dtype("out", out, a.q);
   for (int64_t i = 0; i + 1 < rank; ++i) check_size("out", out, i, a.q.size(i));
   check_size("out", out, rank - 1, a.v.size(a.v.dim() - 1));
 }
@@ -107,8 +104,9 @@ using LseDmask = std::tuple<Tensor, Tensor>;
 
 OutLseDmask fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                 const OptionalTensor& alibi_slopes, const OptionalTensor& rng_state,
-                double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
-                double dropout_p, bool return_dmask, int64_t num_splits, int64_t sm_margin) {
+                std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
+                double softcap, double dropout_p, bool return_dmask, int64_t num_splits,
+                int64_t sm_margin) {
   const ScoreArgs scores{alibi_slopes, rng_state, softmax_scale, window_left,
                          window_right, softcap,   dropout_p};
   const FwdArgs args{{q, k, v, nullptr, nullptr, scores}, return_dmask, num_splits, sm_margin};
@@ -119,8 +117,9 @@ OutLseDmask fwd(const Tensor& q, const Tensor& k, const Tensor& v,
 
 LseDmask fwd_out(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                  const OptionalTensor& alibi_slopes, const OptionalTensor& rng_state,
-                 double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
-                 double dropout_p, bool return_dmask, int64_t num_splits, int64_t sm_margin) {
+                 std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
+                 double softcap, double dropout_p, bool return_dmask, int64_t num_splits,
+                 int64_t sm_margin) {
   const ScoreArgs scores{alibi_slopes, rng_state, softmax_scale, window_left,
                          window_right, softcap,   dropout_p};
   const FwdArgs args{{q, k, v, nullptr, nullptr, scores}, return_dmask, num_splits, sm_margin};
@@ -135,9 +134,9 @@ OutLseDmask varlen_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                        const OptionalTensor& seqused_q, const OptionalTensor& seqused_k,
                        const OptionalTensor& page_table, int64_t max_seqlen_q, int64_t max_seqlen_k,
                        const OptionalTensor& alibi_slopes, const OptionalTensor& rng_state,
-                       double softmax_scale, int64_t window_left, int64_t window_right,
-                       double softcap, double dropout_p, bool return_dmask, int64_t num_splits,
-                       int64_t sm_margin) {
+                       std::optional<double> softmax_scale, int64_t window_left,
+                       int64_t window_right, double softcap, double dropout_p, bool return_dmask,
+                       int64_t num_splits, int64_t sm_margin) {
   const LengthArgs lengths{cu_seqlens_q, cu_seqlens_k, seqused_q,
                            seqused_k,    max_seqlen_q, max_seqlen_k};
   const ScoreArgs scores{alibi_slopes, rng_state, softmax_scale, window_left,
@@ -160,9 +159,9 @@ LseDmask varlen_fwd_out(const Tensor& q, const Tensor& k, const Tensor& v, const
                         const OptionalTensor& seqused_q, const OptionalTensor& seqused_k,
                         const OptionalTensor& page_table, int64_t max_seqlen_q,
                         int64_t max_seqlen_k, const OptionalTensor& alibi_slopes,
-                        const OptionalTensor& rng_state, double softmax_scale, int64_t window_left,
-                        int64_t window_right, double softcap, double dropout_p, bool return_dmask,
-                        int64_t num_splits, int64_t sm_margin) {
+                        const OptionalTensor& rng_state, std::optional<double> softmax_scale,
+                        int64_t window_left, int64_t window_right, double softcap, double dropout_p,
+                        bool return_dmask, int64_t num_splits, int64_t sm_margin) {
   const LengthArgs lengths{cu_seqlens_q, cu_seqlens_k, seqused_q,
                            seqused_k,    max_seqlen_q, max_seqlen_k};
   const ScoreArgs scores{alibi_slopes, rng_state, softmax_scale, window_left,

@@ -35,14 +35,19 @@ struct Shape {
     for (const int64_t s : sizes) size[rank++] = s;
   }
   // That of a tensor.
-  explicit Shape(const Tensor& t) : rank(t.dim()) {
-    for (int64_t i = 0; i < rank; ++i) size[i] = t.size(i);
+  explicit Shape(const Tensor& t) {
+    for (const int64_t s : t.sizes()) size[rank++] = s;
   }
   int64_t& last() { return size[rank - 1]; }
-  torch::headeronly::IntHeaderOnlyArrayRef ref() const {
-    return {size.data(), static_cast<size_t>(rank)};
-  }
 };
+
+// The element type as torch's ABI numbers it. Tensor::scalar_type() translates this number, at the
+// price of seven other questions.
+inline int32_t dtype_number(const Tensor& t) {
+  int32_t number = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  return number;
+}
 
 // A contiguous tensor without values on the device of `like`; by default also of its element type.
 // As stable::new_empty, which takes three times as long, because the dispatcher boxes its
@@ -55,15 +60,24 @@ inline Tensor new_tensor(const Tensor& like, const Shape& shape,
     stride[i] = next;
     next *= shape.size[i] > 1 ? shape.size[i] : 1;
   }
-  const ScalarType type = dtype.value_or(like.scalar_type());
+  const int32_t number =
+      dtype ? torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype))
+            : dtype_number(like);
   int32_t device_type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      shape.rank, shape.size.data(), stride.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
-      like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.rank, shape.size.data(), stride.data(),
+                                                  number, device_type, like.get_device_index(),
+                                                  &handle));
   return Tensor(handle);
+}
+
+// The same, filled with zeros.
+inline Tensor zero_tensor(const Tensor& like, const Shape& shape,
+                          std::optional<ScalarType> dtype = std::nullopt) {
+  Tensor zeros = new_tensor(like, shape, dtype);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(zeros.get()));
+  return zeros;
 }
 
 namespace detail {

@@ -30,8 +30,9 @@ inline std::optional<DType> dtype_of(ScalarType type) {
 // Rank and device, that of `like`.
 inline void check_place(const char* name, const Tensor& t, const Tensor& like, int64_t rank) {
   FA_CHECK(t.dim() == rank, name, ": got ", t.dim(), " dimensions, expected ", rank);
-  FA_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(), name,
-           ": got another device, expected cuda:", like.get_device_index());
+  const int device = like.get_device_index();
+  FA_CHECK(t.is_cuda() && t.get_device_index() == device, name,
+           ": got another device, expected cuda:", device);
 }
 
 // The same, and a contiguous last dimension.
@@ -44,6 +45,11 @@ inline void check_tensor(const char* name, const Tensor& t, const Tensor& like, 
 inline void check_dtype(const char* name, const Tensor& t, ScalarType expected) {
   FA_CHECK(t.scalar_type() == expected, name, ": got element type ",
            static_cast<int>(t.scalar_type()), ", expected ", static_cast<int>(expected));
+}
+
+// The element type of `like`.
+inline void check_dtype(const char* name, const Tensor& t, const Tensor& like) {
+  if (dtype_number(t) != dtype_number(like)) check_dtype(name, t, like.scalar_type());
 }
 
 inline void check_size(const char* name, const Tensor& t, int64_t dim, int64_t expected) {
@@ -73,8 +79,9 @@ inline const int* int32_vector(const char* name, const OptionalTensor& t, const 
 
 // Strides of [batch, token, head, dim], or of varlen [token, head, dim].
 inline Strides strides_of(const Tensor& t) {
-  if (t.dim() == 3) return {0, t.stride(0), t.stride(1)};
-  return {t.stride(0), t.stride(1), t.stride(2)};
+  const auto stride = t.strides();
+  if (stride.size() == 3) return {0, stride[0], stride[1]};
+  return {stride[0], stride[1], stride[2]};
 }
 
 // Whether every row along the last dimension starts at a multiple of `bytes`. Strides of dimensions
@@ -82,8 +89,9 @@ inline Strides strides_of(const Tensor& t) {
 inline bool rows_aligned(const Tensor& t, int64_t bytes) {
   if (reinterpret_cast<uintptr_t>(t.data_ptr()) % bytes != 0) return false;
   const int64_t element_bytes = static_cast<int64_t>(t.element_size());
-  for (int64_t i = 0; i + 1 < t.dim(); ++i)
-    if (t.size(i) > 1 && t.stride(i) * element_bytes % bytes != 0) return false;
+  const auto size = t.sizes(), stride = t.strides();
+  for (size_t i = 0; i + 1 < size.size(); ++i)
+    if (size[i] > 1 && stride[i] * element_bytes % bytes != 0) return false;
   return true;
 }
 

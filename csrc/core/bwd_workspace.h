@@ -1,4 +1,5 @@
-// Size and order of the backward's workspace: dQ in fp32, and the turns in which it is added up.
+// Size and order of the backward's workspace: dQ in fp32, and the turns in which it is added up; dK
+// and dV likewise where several CTAs share the query heads of a KV head.
 //
 // dQ is added up by CTAs of different keys, so it lives in whole tiles of tile_m rows that no two
 // sequences share. Fixed length: sequence b begins at tile b * ceil(seqlen_q / tile_m). Varlen: at
@@ -35,6 +36,22 @@ FA_HD constexpr int64_t bwd_dq_semaphores(int64_t rows, int num_heads_q, int til
   return rows / tile_m * num_heads_q;
 }
 
+// The same for (tile of keys, KV head), tiles as in dq_accum: how many splits have added to it.
+FA_HD constexpr int64_t bwd_dkv_semaphores(bool varlen, int batch_size, int seqlen_k, int total_k,
+                                           int num_heads_kv, int tile_n) {
+  return bwd_dq_accum_rows(varlen, batch_size, seqlen_k, total_k, tile_n) / tile_n * num_heads_kv;
+}
+
+// CTAs that share the query heads of a KV head: as few as give each of `slots` places for a CTA
+// four of them, or all. A divisor of group_size.
+FA_HD constexpr int bwd_head_splits(int64_t tiles, int64_t slots, int group_size) {
+  for (int splits = 1; splits < group_size; ++splits)
+    if (group_size % splits == 0 && tiles * splits >= 4 * slots) return splits;
+  return max(group_size, 1);
+}
+
+static_assert(bwd_head_splits(1024, 132, 4) == 1 && bwd_head_splits(256, 132, 4) == 4 &&
+              bwd_head_splits(64, 132, 16) == 16 && bwd_head_splits(300, 132, 6) == 2);
 static_assert(bwd_dq_accum_rows(false, 3, 65, 195, 64) == 3 * 128);
 static_assert(bwd_dq_accum_rows(true, 3, 65, 195, 64) == (195 / 64 + 3) * 64);
 static_assert(bwd_dq_accum_first_row(false, 3, 65, 0, 64) ==

@@ -10,12 +10,13 @@
 #include "core/dtype.h"
 #include "core/host_device.h"
 #include "core/seqlen.h"
+#include "core/tile_config.h"
 
 namespace fa {
 
 // Raised with every change of a struct below or of core/backend.h: a library built from other
 // sources is refused instead of being called with the wrong layout.
-constexpr uint32_t kKernelAbiVersion = 3;
+constexpr uint32_t kKernelAbiVersion = 4;
 
 // Strides of a [batch, token, head, dim] tensor, elements. Varlen ([total, head, dim]): batch == 0.
 struct Strides {
@@ -36,15 +37,13 @@ struct ScoreParams {
 
 // Attention forward: out = softmax(q k^T) v and lse.
 struct FwdParams {
-  const void* q;   // [batch_size, seqlen_q, num_heads_q, head_dim], or [total_q, ...]
-  const void* k;   // [batch_size, seqlen_k, num_heads_kv, head_dim], or [total_k, ...]
-  const void* v;   // [batch_size, seqlen_k, num_heads_kv, head_dim_v], or [total_k, ...]
-  void* out;       // [batch_size, seqlen_q, num_heads_q, head_dim_v], or [total_q, ...]
-  float* lse;      // [batch_size, num_heads_q, seqlen_q], or [num_heads_q, total_q]; contiguous
-  void* dmask;     // [batch_size, num_heads_q, dmask_rows, dmask_cols], dtype, contiguous, zeroed;
-                   // nullptr: not asked for
-  int* next_tile;  // [1], what the CTAs of a persistent kernel count tiles with; nullptr: the plan
-                   // has no workspace
+  const void* q;  // [batch_size, seqlen_q, num_heads_q, head_dim], or [total_q, ...]
+  const void* k;  // [batch_size, seqlen_k, num_heads_kv, head_dim], or [total_k, ...]
+  const void* v;  // [batch_size, seqlen_k, num_heads_kv, head_dim_v], or [total_k, ...]
+  void* out;      // [batch_size, seqlen_q, num_heads_q, head_dim_v], or [total_q, ...]
+  float* lse;     // [batch_size, num_heads_q, seqlen_q], or [num_heads_q, total_q]; contiguous
+  void* dmask;    // [batch_size, num_heads_q, dmask_rows, dmask_cols], dtype, contiguous, zeroed;
+                  // nullptr: not asked for
 
   Strides q_strides, k_strides, v_strides, out_strides;
   SeqlenArgs seqlens_q, seqlens_k;
@@ -56,12 +55,14 @@ struct FwdParams {
   int dmask_rows, dmask_cols;
   int sm_margin;  // SMs that a persistent kernel leaves free
   DType dtype;
-  Arch tiles;  // which rows of core/tile_config.h to launch
+  Arch tiles;             // which rows of core/tile_config.h to launch
+  Sm90FwdTile sm90_tile;  // and of SM90's which one
 };
 
 // Attention backward: gradients of q, k, v. The kernels keep K and V and stream Q and dO, so that
 // dK and dV are complete in one CTA; dQ is added up in fp32 in dq_accum and rounded by a last
-// kernel.
+// kernel. Where that gives too few CTAs, head_splits of them share the query heads of a KV head,
+// and dK and dV are added up likewise.
 struct BwdParams {
   const void* dout;  // [batch_size, seqlen_q, num_heads_q, head_dim_v], or [total_q, ...]
   const void* q;     // shapes as in the forward
@@ -74,6 +75,9 @@ struct BwdParams {
   void* dv;            // shape of v
   float* dq_accum;     // bwd_dq_accum_elements() of core/bwd_workspace.h, zeroed
   int* dq_semaphore;   // bwd_dq_semaphores(), zeroed; nullptr: not deterministic
+  float* dk_accum;     // [total_k, num_heads_kv, head_dim], zeroed; nullptr: head_splits is 1
+  float* dv_accum;     // [total_k, num_heads_kv, head_dim_v], the same
+  int* dkv_semaphore;  // bwd_dkv_semaphores(), zeroed; nullptr: not deterministic, or no dk_accum
 
   Strides dout_strides, q_strides, k_strides, v_strides, dq_strides, dk_strides, dv_strides;
   SeqlenArgs seqlens_q, seqlens_k;
@@ -82,6 +86,7 @@ struct BwdParams {
   int batch_size, num_heads_q, num_heads_kv;
   int head_dim, head_dim_v;  // multiples of 8; rows start at multiples of 16 bytes
   int total_q, total_k;      // rows in all; fixed length: batch_size * seqlen
+  int head_splits;           // CTAs that share the query heads of a KV head, which it divides
   int sm_margin;             // SMs that a persistent kernel leaves free
   DType dtype;
   Arch tiles;  // which rows of core/tile_config.h to launch

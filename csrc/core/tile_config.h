@@ -43,11 +43,60 @@ FA_HD constexpr MaskKind mask_kind(int window_left, int window_right) {
   return window_left >= 0 || window_right >= 0 ? MaskKind::kBordered : MaskKind::kFull;
 }
 
+// The built sizes that run (head_dim, head_dim_v) on SM90.
+struct BuiltHeadDims {
+  int head_dim, head_dim_v;
+};
+FA_HD constexpr BuiltHeadDims sm90_fwd_built_head_dims(int head_dim, int head_dim_v) {
+  const int built = built_head_dim(max(head_dim, head_dim_v));
+  return {built, built == 192 && head_dim_v <= 128 ? 128 : built};
+}
+
+// Which of SM90's tiles of a head_dim.
+enum class Sm90FwdTile : int {
+  kTall,     // every key is read for as many rows as possible: full attention that fills the GPU
+  kFine,     // wastes less on a border and on a GPU that is not full; may be the same as kTall
+  kScoreMod  // softcap, ALiBi, dropout: tile_n is a multiple of 32, which share a call of Philox
+};
+
+// Every consumer warpgroup owns 64 rows; P stays in registers. Shared memory holds columns in slabs
+// of 64, so 96 take the place of 128.
+FA_HD constexpr FwdTileConfig sm90_fwd_tile_config(BuiltHeadDims built, Sm90FwdTile which) {
+  const bool tall = which == Sm90FwdTile::kTall, score_mod = which == Sm90FwdTile::kScoreMod;
+  // clang-format off
+  switch (built.head_dim) {
+    // Four warpgroups hide the exponentials, which take as long as the products here. tile_n 80
+    // does not compile without serialised wgmma at the 112 registers they get, nor does a ScoreMod.
+    // Two Q stages (128 KB) are 1 to 4 % faster than one.
+    case 64:
+      if (score_mod) return {128, 128, 2, 2, 8, false};
+      return {256, 64, 4, 2, 16, false};
+    case 96:
+      if (tall) return {192, 96, 3, 1, 12, false};
+      return {128, 128, 2, 2, 8, false};
+    // Three warpgroups read each key once for 192 rows; tile_n 96 serialises at 160 registers; the
+    // third stage fits (168 KB); a second Q stage is 2 to 3 % slower from 8k on. kFine: 128 wide so
+    // that the diagonal wastes little, two Q stages so that the next tile starts early (192 KB).
+    case 128:
+      if (tall) return {192, 80, 3, 1, 12, false};
+      return {128, 128, 2, 2, 8, false};
+    case 192:
+      if (built.head_dim_v == 128)
+        // 208 KB. Three warpgroups (192 x 80, 222 KB) are as fast for long full attention, slower
+        // elsewhere.
+        return {128, 128, 2, 1, 8, false};
+      // 216 KB of 227: 128 keys would need 240 KB.
+      return {128, score_mod ? 96 : 112, 2, 1, 8, false};
+    // 224 KB of 227: 96 keys would need 256 KB.
+    case 256: return {128, score_mod ? 64 : 80, 2, 1, 8, false};
+  }
+  // clang-format on
+  return {0, 0, 0, 0, 0, false};
+}
+
 // SM80 and SM89: warp w owns 16-row bands, tile_m / num_warps rows in all; P stays in registers.
-// SM90: every consumer warpgroup owns 64 rows; P stays in registers.
-FA_HD constexpr FwdTileConfig fwd_tile_config(Arch arch, int head_dim, MaskKind mask) {
+FA_HD constexpr FwdTileConfig fwd_tile_config(Arch arch, int head_dim) {
   const int built = built_head_dim(head_dim);
-  const bool full = mask == MaskKind::kFull;
   // clang-format off
   switch (arch) {
     case Arch::kSm80:
@@ -79,28 +128,7 @@ FA_HD constexpr FwdTileConfig fwd_tile_config(Arch arch, int head_dim, MaskKind 
         case 256: return { 64,  64, 1, 1, 4, false};
       }
       break;
-    case Arch::kSm90:
-      switch (built) {
-        // Four warpgroups hide the exponentials, which take as long as the products here. tile_n 80
-        // does not compile without serialised wgmma at the 112 registers they get. Two Q stages
-        // (128 KB) are 1 to 4 % faster than one.
-        case 64:  return {256,  64, 4, 2, 16, false};
-        // Two warpgroups: three need P in shared memory, beyond its bandwidth. 168 KB; bordered
-        // 120 KB.
-        case 96:  return full ? FwdTileConfig{128, 192, 2, 1, 8, false}
-                              : FwdTileConfig{128, 128, 2, 1, 8, false};
-        // Full: three warpgroups read each key once for 192 rows; tile_n 96 serialises at 160
-        // registers; the third stage fits (168 KB); a second Q stage is 2 to 3 % slower from 8k
-        // on. Bordered: 128 wide so that the diagonal wastes little, two Q stages so that the next
-        // tile starts early (192 KB).
-        case 128: return full ? FwdTileConfig{192,  80, 3, 1, 12, false}
-                              : FwdTileConfig{128, 128, 2, 2,  8, false};
-        // 216 KB of 227: 128 keys would need 240 KB.
-        case 192: return {128, 112, 2, 1, 8, false};
-        // 224 KB of 227: 96 keys would need 256 KB.
-        case 256: return {128,  80, 2, 1, 8, false};
-      }
-      break;
+    case Arch::kSm90: break;  // sm90_fwd_tile_config()
   }
   // clang-format on
   return {0, 0, 0, 0, 0, false};
@@ -110,24 +138,24 @@ FA_HD constexpr FwdTileConfig fwd_tile_config(Arch arch, int head_dim, MaskKind 
 // instead of one of 144 KB, worth 8 % on an H100; else the same as kSm80.
 FA_HD constexpr FwdTileConfig sm80_fwd_tile_config(Arch gpu, int head_dim) {
   if (gpu == Arch::kSm90 && built_head_dim(head_dim) == 256) return {64, 64, 1, 1, 4, false, 2};
-  return fwd_tile_config(gpu == Arch::kSm90 ? Arch::kSm80 : gpu, head_dim, MaskKind::kFull);
-}
-
-// The d 128 tile for short full attention on SM90, where 192 rows leave SMs idle: two warpgroups,
-// 176 keys. 208 KB, and 196 registers for S, O and P; 192 keys would need 224 KB and 208.
-FA_HD constexpr FwdTileConfig sm90_fwd_hdim128_short_tile_config() {
-  return {128, 176, 2, 1, 8, false};
+  return fwd_tile_config(gpu == Arch::kSm90 ? Arch::kSm80 : gpu, head_dim);
 }
 
 // Q buffers plus num_stages of K and of V, 2-byte elements. O reuses Q's space, or K's if Q has
-// none. Barriers are not counted: see kFwdBarrierBytes.
+// none.
 FA_HD constexpr int fwd_smem_bytes(FwdTileConfig c, int head_dim, int head_dim_v) {
   const int kv_bytes = 2 * c.num_stages * c.tile_n * (head_dim + head_dim_v);
   const int q_bytes = 2 * c.num_q_stages * c.tile_m * max(head_dim, head_dim_v);
   const int p_bytes = c.warps_per_row == 2 ? 2 * c.tile_m * c.tile_n : 0;
   return (c.q_in_regs ? max(kv_bytes, q_bytes) : kv_bytes + q_bytes) + p_bytes;
 }
-constexpr int kFwdBarrierBytes = 1024;  // mbarriers, 8 bytes each, and the tile's 1024 B alignment
+
+// SM90: columns come in slabs of 64. Behind the buffers lie mbarriers and the tiles' coordinates.
+constexpr int kFwdBarrierBytes = 1024;
+FA_HD constexpr int sm90_fwd_smem_bytes(FwdTileConfig c, BuiltHeadDims built) {
+  return fwd_smem_bytes(c, round_up(built.head_dim, 64), round_up(built.head_dim_v, 64)) +
+         kFwdBarrierBytes;
+}
 
 FA_HD constexpr int fwd_compute_threads(FwdTileConfig c) {
   return c.num_warps * kWarpSize;
@@ -274,17 +302,27 @@ FA_HD constexpr int bwd_accum_regs(BwdTileConfig c, int head_dim) {
   return kept + max(2 * c.tile_m * c.tile_n, c.tile_m * head_dim) / threads;
 }
 
-// What every row must satisfy; `limit` bytes of shared memory.
-FA_HD constexpr bool fwd_config_fits(Arch arch, FwdTileConfig c, int head_dim) {
+// What every row must satisfy.
+FA_HD constexpr bool fwd_config_fits(Arch arch, FwdTileConfig c, int head_dim, int head_dim_v) {
   const bool sm90 = arch == Arch::kSm90;
   const int rows_per_warp = 16;  // of mma.m16n8k16, and of a warp in wgmma.m64nNk16
   const bool tiles = c.tile_m > 0 && c.tile_n % 16 == 0 && c.tile_n <= 256 &&
                      (sm90 ? c.tile_m == rows_per_warp * c.num_warps
                            : c.tile_m * c.warps_per_row % (rows_per_warp * c.num_warps) == 0);
-  const int smem = fwd_smem_bytes(c, head_dim, head_dim) + (sm90 ? kFwdBarrierBytes : 0);
-  const int regs = fwd_accum_regs(c, head_dim) + (sm90 ? fwd_operand_regs(c, head_dim) : 0);
+  const int smem = sm90 ? sm90_fwd_smem_bytes(c, {head_dim, head_dim_v})
+                        : fwd_smem_bytes(c, head_dim, head_dim_v);
+  const int regs = fwd_accum_regs(c, head_dim_v) + (sm90 ? fwd_operand_regs(c, head_dim) : 0);
   const int max_regs = sm90 ? warpgroup_registers(c.num_warps / 4).consumer - 32 : 200;
   return tiles && smem <= max_smem_bytes(arch) && regs <= max_regs;
+}
+FA_HD constexpr bool sm90_fwd_configs_fit(Sm90FwdTile which) {
+  const int sizes[] = {64, 96, 128, 192, 256};
+  for (int built : sizes) {
+    const FwdTileConfig c = sm90_fwd_tile_config({built, built}, which);
+    if (!fwd_config_fits(Arch::kSm90, c, built, built)) return false;
+    if (which == Sm90FwdTile::kScoreMod && c.tile_n % 32 != 0) return false;
+  }
+  return fwd_config_fits(Arch::kSm90, sm90_fwd_tile_config({192, 128}, which), 192, 128);
 }
 FA_HD constexpr bool bwd_config_fits(Arch arch, BwdTileConfig c, int head_dim) {
   const bool sm90 = arch == Arch::kSm90;
@@ -297,9 +335,10 @@ FA_HD constexpr bool bwd_config_fits(Arch arch, BwdTileConfig c, int head_dim) {
 FA_HD constexpr bool all_configs_fit(Arch arch, MaskKind mask) {
   for (int head_dim = 1; head_dim <= kMaxHeadDim; ++head_dim) {
     const int built = built_head_dim(head_dim);
-    if (!fwd_config_fits(arch, fwd_tile_config(arch, head_dim, mask), built) ||
-        !bwd_config_fits(arch, bwd_tile_config(arch, head_dim, mask), built))
+    if (arch != Arch::kSm90 &&
+        !fwd_config_fits(arch, fwd_tile_config(arch, head_dim), built, built))
       return false;
+    if (!bwd_config_fits(arch, bwd_tile_config(arch, head_dim, mask), built)) return false;
   }
   return true;
 }
@@ -326,7 +365,9 @@ static_assert(all_configs_fit(Arch::kSm90, MaskKind::kFull));
 static_assert(all_configs_fit(Arch::kSm90, MaskKind::kBordered));
 static_assert(2 * (fwd_smem_bytes(sm80_fwd_tile_config(Arch::kSm90, 256), 256, 256) + 2048) <=
               max_smem_bytes(Arch::kSm90));  // two CTAs, 1 KB of static memory and 1 KB of CUDA's
-static_assert(fwd_config_fits(Arch::kSm90, sm90_fwd_hdim128_short_tile_config(), 128));
+static_assert(sm90_fwd_configs_fit(Sm90FwdTile::kTall) &&
+              sm90_fwd_configs_fit(Sm90FwdTile::kFine) &&
+              sm90_fwd_configs_fit(Sm90FwdTile::kScoreMod));
 static_assert(warpgroup_registers_fit(1) && warpgroup_registers_fit(2) &&
               warpgroup_registers_fit(3) && warpgroup_registers_fit(4));
 static_assert(bwd_registers_fit(sm90_bwd_registers(96)) &&

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "core/tile_config.h"
 #include "plan/problem.h"
 #include "plan/registry.h"
 
@@ -33,6 +34,7 @@ struct Plan {
   int instance = -1;         // Instance::id, which has the kernel's name
   Arch arch = Arch::kSm80;   // its library
   Arch tiles = Arch::kSm80;  // attention: rows of core/tile_config.h; others: arch
+  Sm90FwdTile sm90_tile = Sm90FwdTile::kFine;  // SM90's forward: which of its tiles
 
   int tile_m = 0;       // rows that one CTA computes; bwd: rows of Q per step
   int tile_n = 0;       // elements of a row, or keys per step (bwd: that it keeps)
@@ -40,6 +42,7 @@ struct Plan {
   int num_threads = 0;  // of a CTA
   int64_t num_ctas = 0;
   int num_splits = 1;           // partial results per row
+  int head_splits = 1;          // bwd: CTAs that share the query heads of a KV head
   bool vectorized = false;      // rows are read and written 16 bytes at a time; attention: as they
                                 // are, else the binder copies what is not aligned or padded
   int smem_bytes = 0;           // dynamic, of a CTA

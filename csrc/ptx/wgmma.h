@@ -53,32 +53,41 @@ FA_DEVICE void wgmma_fence_operand(float (&d)[kN][4]) {
 #define FA_REGS_48 \
   FA_REGS_40 ", " \
   "%40, %41, %42, %43, %44, %45, %46, %47"
-#define FA_REGS_64 \
+#define FA_REGS_56 \
   FA_REGS_48 ", " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+  "%48, %49, %50, %51, %52, %53, %54, %55"
+#define FA_REGS_64 \
+  FA_REGS_56 ", " \
+  "%56, %57, %58, %59, %60, %61, %62, %63"
+#define FA_REGS_96 \
+  FA_REGS_64 ", " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define FA_REGS_128 \
+  FA_REGS_96 ", " \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define FA_ACCUM(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define FA_ACCUM_32 \
-  "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), \
-  "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), \
-  "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), \
-  "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), \
-  "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), \
-  "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), \
-  "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), \
-  "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
+  FA_ACCUM(0), FA_ACCUM(1), FA_ACCUM(2), FA_ACCUM(3), FA_ACCUM(4), FA_ACCUM(5), FA_ACCUM(6), FA_ACCUM(7)
 #define FA_ACCUM_40 \
   FA_ACCUM_32, \
-  "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]), \
-  "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3])
+  FA_ACCUM(8), FA_ACCUM(9)
 #define FA_ACCUM_48 \
   FA_ACCUM_40, \
-  "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), \
-  "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3])
-#define FA_ACCUM_64 \
+  FA_ACCUM(10), FA_ACCUM(11)
+#define FA_ACCUM_56 \
   FA_ACCUM_48, \
-  "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), \
-  "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]), \
-  "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), \
-  "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
+  FA_ACCUM(12), FA_ACCUM(13)
+#define FA_ACCUM_64 \
+  FA_ACCUM_56, \
+  FA_ACCUM(14), FA_ACCUM(15)
+#define FA_ACCUM_96 \
+  FA_ACCUM_64, \
+  FA_ACCUM(16), FA_ACCUM(17), FA_ACCUM(18), FA_ACCUM(19), FA_ACCUM(20), FA_ACCUM(21), FA_ACCUM(22), FA_ACCUM(23)
+#define FA_ACCUM_128 \
+  FA_ACCUM_96, \
+  FA_ACCUM(24), FA_ACCUM(25), FA_ACCUM(26), FA_ACCUM(27), FA_ACCUM(28), FA_ACCUM(29), FA_ACCUM(30), FA_ACCUM(31)
 // clang-format on
 
 // One product for each n. a, b, p: numbers of the operands behind d's registers.
@@ -115,39 +124,50 @@ FA_DEVICE void wgmma_fence_operand(float (&d)[kN][4]) {
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc),                   \
                  "r"(static_cast<int>(accumulate)))
 
+// Expands `product(n, count, types, first operand numbers)` for each element type and n = 8 kN.
+#define FA_WGMMA_OF_TYPE(product, n, count, ...) \
+  if constexpr (std::is_same_v<T, __half>) {     \
+    product(n, count, "f16.f16", __VA_ARGS__);   \
+  } else {                                       \
+    product(n, count, "bf16.bf16", __VA_ARGS__); \
+  }
+
 // a and b from shared memory, both with consecutive k; d = a b if not accumulate. Descriptors:
 // tile/smem_tile_sm90.h.
 template <class T, int kN>
 FA_DEVICE void wgmma_m64k16_ss(float (&d)[kN][4], uint64_t a_desc, uint64_t b_desc,
                                bool accumulate) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
-  static_assert(kN == 8 || kN == 10 || kN == 16, "write the operand list of this n");
-  constexpr bool kHalf = std::is_same_v<T, __half>;
-  if constexpr (kN == 8 && kHalf) FA_WGMMA_SS(64, 32, "f16.f16", "%32", "%33", "%34");
-  if constexpr (kN == 8 && !kHalf) FA_WGMMA_SS(64, 32, "bf16.bf16", "%32", "%33", "%34");
-  if constexpr (kN == 10 && kHalf) FA_WGMMA_SS(80, 40, "f16.f16", "%40", "%41", "%42");
-  if constexpr (kN == 10 && !kHalf) FA_WGMMA_SS(80, 40, "bf16.bf16", "%40", "%41", "%42");
-  if constexpr (kN == 16 && kHalf) FA_WGMMA_SS(128, 64, "f16.f16", "%64", "%65", "%66");
-  if constexpr (kN == 16 && !kHalf) FA_WGMMA_SS(128, 64, "bf16.bf16", "%64", "%65", "%66");
+  if constexpr (kN == 8) {
+    FA_WGMMA_OF_TYPE(FA_WGMMA_SS, 64, 32, "%32", "%33", "%34")
+  } else if constexpr (kN == 10) {
+    FA_WGMMA_OF_TYPE(FA_WGMMA_SS, 80, 40, "%40", "%41", "%42")
+  } else if constexpr (kN == 12) {
+    FA_WGMMA_OF_TYPE(FA_WGMMA_SS, 96, 48, "%48", "%49", "%50")
+  } else if constexpr (kN == 14) {
+    FA_WGMMA_OF_TYPE(FA_WGMMA_SS, 112, 56, "%56", "%57", "%58")
+  } else {
+    static_assert(kN == 16, "write the operand list of this n");
+    FA_WGMMA_OF_TYPE(FA_WGMMA_SS, 128, 64, "%64", "%65", "%66")
+  }
 }
 
 // a from registers (a_operand_coord()), b from shared memory with consecutive columns.
 template <class T, int kN>
 FA_DEVICE void wgmma_m64k16_rs(float (&d)[kN][4], const uint32_t (&a)[4], uint64_t b_desc) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
-  static_assert(kN == 8 || kN == 12 || kN == 16, "write the operand list of this n");
-  constexpr bool kHalf = std::is_same_v<T, __half>;
-  if constexpr (kN == 12 && kHalf)
-    FA_WGMMA_RS(96, 48, "f16.f16", "%48", "%49", "%50", "%51", "%52");
-  if constexpr (kN == 12 && !kHalf)
-    FA_WGMMA_RS(96, 48, "bf16.bf16", "%48", "%49", "%50", "%51", "%52");
-  if constexpr (kN == 8 && kHalf) FA_WGMMA_RS(64, 32, "f16.f16", "%32", "%33", "%34", "%35", "%36");
-  if constexpr (kN == 8 && !kHalf)
-    FA_WGMMA_RS(64, 32, "bf16.bf16", "%32", "%33", "%34", "%35", "%36");
-  if constexpr (kN == 16 && kHalf)
-    FA_WGMMA_RS(128, 64, "f16.f16", "%64", "%65", "%66", "%67", "%68");
-  if constexpr (kN == 16 && !kHalf)
-    FA_WGMMA_RS(128, 64, "bf16.bf16", "%64", "%65", "%66", "%67", "%68");
+  if constexpr (kN == 8) {
+    FA_WGMMA_OF_TYPE(FA_WGMMA_RS, 64, 32, "%32", "%33", "%34", "%35", "%36")
+  } else if constexpr (kN == 12) {
+    FA_WGMMA_OF_TYPE(FA_WGMMA_RS, 96, 48, "%48", "%49", "%50", "%51", "%52")
+  } else if constexpr (kN == 16) {
+    FA_WGMMA_OF_TYPE(FA_WGMMA_RS, 128, 64, "%64", "%65", "%66", "%67", "%68")
+  } else if constexpr (kN == 24) {
+    FA_WGMMA_OF_TYPE(FA_WGMMA_RS, 192, 96, "%96", "%97", "%98", "%99", "%100")
+  } else {
+    static_assert(kN == 32, "write the operand list of this n");
+    FA_WGMMA_OF_TYPE(FA_WGMMA_RS, 256, 128, "%128", "%129", "%130", "%131", "%132")
+  }
 }
 
 // Of the backward: wgmma_fence_operand() without loops, which the compiler leaves rolled in places,
@@ -165,14 +185,12 @@ template <class T, int kN>
 FA_DEVICE void wgmma_m64k16_ss_mn(float (&d)[kN][4], uint64_t a_desc, uint64_t b_desc,
                                   bool accumulate) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
-  static_assert(kN == 8 || kN == 12 || kN == 16, "write the operand list of this n");
-  constexpr bool kHalf = std::is_same_v<T, __half>;
-  if constexpr (kN == 12 && kHalf) FA_WGMMA_SS_MN(96, 48, "f16.f16", "%48", "%49", "%50");
-  if constexpr (kN == 12 && !kHalf) FA_WGMMA_SS_MN(96, 48, "bf16.bf16", "%48", "%49", "%50");
-  if constexpr (kN == 8 && kHalf) FA_WGMMA_SS_MN(64, 32, "f16.f16", "%32", "%33", "%34");
-  if constexpr (kN == 8 && !kHalf) FA_WGMMA_SS_MN(64, 32, "bf16.bf16", "%32", "%33", "%34");
-  if constexpr (kN == 16 && kHalf) FA_WGMMA_SS_MN(128, 64, "f16.f16", "%64", "%65", "%66");
-  if constexpr (kN == 16 && !kHalf) FA_WGMMA_SS_MN(128, 64, "bf16.bf16", "%64", "%65", "%66");
+  if constexpr (kN == 8) {
+    FA_WGMMA_OF_TYPE(FA_WGMMA_SS_MN, 64, 32, "%32", "%33", "%34")
+  } else {
+    static_assert(kN == 12, "write the operand list of this n");
+    FA_WGMMA_OF_TYPE(FA_WGMMA_SS_MN, 96, 48, "%48", "%49", "%50")
+  }
 }
 
 // Of the backward: a from registers, b [n, k] from shared memory, with consecutive k.
@@ -180,27 +198,27 @@ template <class T, int kN>
 FA_DEVICE void wgmma_m64k16_rs_k(float (&d)[kN][4], const uint32_t (&a)[4], uint64_t b_desc,
                                  bool accumulate) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
-  static_assert(kN == 8 || kN == 16, "write the operand list of this n");
-  constexpr bool kHalf = std::is_same_v<T, __half>;
-  if constexpr (kN == 8 && kHalf)
-    FA_WGMMA_RS_K(64, 32, "f16.f16", "%32", "%33", "%34", "%35", "%36", "%37");
-  if constexpr (kN == 8 && !kHalf)
-    FA_WGMMA_RS_K(64, 32, "bf16.bf16", "%32", "%33", "%34", "%35", "%36", "%37");
-  if constexpr (kN == 16 && kHalf)
-    FA_WGMMA_RS_K(128, 64, "f16.f16", "%64", "%65", "%66", "%67", "%68", "%69");
-  if constexpr (kN == 16 && !kHalf)
-    FA_WGMMA_RS_K(128, 64, "bf16.bf16", "%64", "%65", "%66", "%67", "%68", "%69");
+  static_assert(kN == 8, "write the operand list of this n");
+  FA_WGMMA_OF_TYPE(FA_WGMMA_RS_K, 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
 }
 
+#undef FA_WGMMA_OF_TYPE
 #undef FA_WGMMA_RS_K
 #undef FA_WGMMA_SS_MN
 #undef FA_WGMMA_RS
 #undef FA_WGMMA_SS
+#undef FA_ACCUM_128
+#undef FA_ACCUM_96
 #undef FA_ACCUM_64
+#undef FA_ACCUM_56
 #undef FA_ACCUM_48
 #undef FA_ACCUM_40
 #undef FA_ACCUM_32
+#undef FA_ACCUM
+#undef FA_REGS_128
+#undef FA_REGS_96
 #undef FA_REGS_64
+#undef FA_REGS_56
 #undef FA_REGS_48
 #undef FA_REGS_40
 #undef FA_REGS_32

@@ -60,10 +60,14 @@ __global__ void probe_softmax(float* x, float softmax_scale) {
 }
 
 template <Arch kArch, int kHeadDim>
-__global__ void __launch_bounds__(fwd_num_threads(kArch, fwd_tile_config(kArch, kHeadDim,
-                                                                         MaskKind::kFull)))
+constexpr FwdTileConfig kFwdTile =
+    kArch == Arch::kSm90 ? sm90_fwd_tile_config({kHeadDim, kHeadDim}, Sm90FwdTile::kTall)
+                         : fwd_tile_config(kArch, kHeadDim);
+
+template <Arch kArch, int kHeadDim>
+__global__ void __launch_bounds__(fwd_num_threads(kArch, kFwdTile<kArch, kHeadDim>))
     probe_tiles(int* out) {
-  constexpr FwdTileConfig kFwd = fwd_tile_config(kArch, kHeadDim, MaskKind::kFull);
+  constexpr FwdTileConfig kFwd = kFwdTile<kArch, kHeadDim>;
   constexpr BwdTileConfig kBwd = bwd_tile_config(kArch, kHeadDim, MaskKind::kBordered);
   static_assert(fwd_smem_bytes(kFwd, kHeadDim, kHeadDim) <= max_smem_bytes(kArch));
   static_assert(bwd_smem_bytes(kBwd, kHeadDim) <= max_smem_bytes(kArch));

@@ -176,8 +176,13 @@ void test_tile_configs() {
       for (int head_dim : kHeadDims) {
         const char* text = "%s head_dim=%d: %d";
         const bool sm90 = arch == Arch::kSm90;
-        const FwdTileConfig f = fwd_tile_config(arch, head_dim, mask);
-        const int fwd_smem = fwd_smem_bytes(f, head_dim, head_dim);
+        const FwdTileConfig f =
+            sm90 ? sm90_fwd_tile_config({head_dim, head_dim}, mask == MaskKind::kFull
+                                                                  ? Sm90FwdTile::kTall
+                                                                  : Sm90FwdTile::kFine)
+                 : fwd_tile_config(arch, head_dim);
+        const int fwd_smem = sm90 ? sm90_fwd_smem_bytes(f, {head_dim, head_dim})
+                                  : fwd_smem_bytes(f, head_dim, head_dim);
         CHECK(fwd_smem <= max_smem_bytes(arch), text, arch_name(arch), head_dim, fwd_smem);
         CHECK(fwd_accum_regs(f, head_dim) <= 200, text, arch_name(arch), head_dim,
               fwd_accum_regs(f, head_dim));
@@ -198,13 +203,15 @@ void test_tile_configs() {
               arch_name(arch), head_dim, b.tile_n);
       }
   // The measured choices.
-  const FwdTileConfig full = fwd_tile_config(Arch::kSm90, 128, MaskKind::kFull);
+  const FwdTileConfig full = sm90_fwd_tile_config({128, 128}, Sm90FwdTile::kTall);
   CHECK(full.tile_m == 192 && full.tile_n == 80 && full.num_stages == 3, "sm90 d 128 full");
-  const FwdTileConfig causal = fwd_tile_config(Arch::kSm90, 128, MaskKind::kBordered);
+  const FwdTileConfig causal = sm90_fwd_tile_config({128, 128}, Sm90FwdTile::kFine);
   CHECK(causal.tile_m == 128 && causal.tile_n == 128 && causal.num_q_stages == 2, "sm90 causal");
-  const FwdTileConfig d64 = fwd_tile_config(Arch::kSm90, 64, MaskKind::kFull);
+  const FwdTileConfig d64 = sm90_fwd_tile_config({64, 64}, Sm90FwdTile::kFine);
   CHECK(d64.tile_m == 256 && d64.tile_n == 64 && d64.num_warps == 16, "sm90 d 64");
   CHECK(fwd_smem_bytes(full, 128, 128) == 172032, "hand-computed: (192 + 2 * 3 * 80) * 256");
+  CHECK(sm90_fwd_smem_bytes({64, 64, 2, 1, 4, false}, {96, 96}) == 81920 + kFwdBarrierBytes,
+        "96 columns take the place of 128: (64 + 2 * 2 * 64) * 256");
   CHECK(fwd_smem_bytes({64, 64, 2, 1, 4, false}, 192, 128) == 2 * (64 * 192 + 128 * 320), "d, dv");
   CHECK(fwd_smem_bytes({128, 16, 1, 1, 8, true}, 128, 128) == 2 * 128 * 128, "Q passes through");
   CHECK(fwd_accum_regs(full, 128) == 104, "64 x (80 + 128) / 128");

@@ -1,9 +1,9 @@
 // SwizzledTile: kRows x kCols 16-bit elements in shared memory as TMA writes and wgmma reads them.
 //
-// Columns are cut into slabs of 64: [kCols / 64][kRows][64], the 128 bytes of a row swizzled
-// (core/swizzle.h), one slab behind the other; the last one may have columns too many. wgmma finds
-// a tile by a descriptor: address and two distances in units of 16 bytes, and the swizzle. PTX ISA,
-// "Matrix Descriptor Format" and "Shared Memory Matrix Layout".
+// Columns are cut into slabs of 64: [kSlabs][kRows][64], the 128 bytes of a row swizzled
+// (core/swizzle.h), one slab behind the other, the last one maybe with columns beyond kCols. wgmma finds a tile by a descriptor: address and two
+// distances in units of 16 bytes, and the swizzle. PTX ISA, "Matrix Descriptor Format" and
+// "Shared Memory Matrix Layout".
 #pragma once
 #include <cstdint>
 
@@ -15,10 +15,10 @@ template <int kNumRows, int kNumCols>
 struct SwizzledTile {
   static constexpr int kRows = kNumRows, kCols = kNumCols;
   static constexpr int kSlabCols = 64, kSlabRowBytes = 2 * kSlabCols;
-  static constexpr int kSlabs = ceil_div(kCols, kSlabCols);
+  static constexpr int kSlabs = (kCols + kSlabCols - 1) / kSlabCols;
   static constexpr int kSlabBytes = kRows * kSlabRowBytes, kBytes = kSlabs * kSlabBytes;
   static constexpr int kGroupBytes = 8 * kSlabRowBytes;  // period of the swizzle
-  static_assert(kRows % 8 == 0 && kCols % 32 == 0);
+  static_assert(kRows % 8 == 0 && kCols % 16 == 0);
 
   uint32_t base;  // shared address, a multiple of kGroupBytes
 

@@ -11,6 +11,7 @@ sequence (behind cu_seqlens[-1], past seqused_q) are 0, their lse -inf.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,6 +103,11 @@ def _new_dmask(q: Tensor, batch_size: int, seqlens: tuple[int, int], return_dmas
     return q.new_zeros((batch_size, q.shape[-2], _round128(seqlens[0]), _round128(seqlens[1])))
 
 
+def _options(q: Tensor, softmax_scale: float | None, *others: Any) -> Options:
+    """Options with the default of softmax_scale filled in."""
+    return Options(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, *others)
+
+
 def _fixed_forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: Options, return_dmask: bool
 ) -> tuple[Tensor, Tensor]:
@@ -118,20 +124,20 @@ def fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    alibi_slopes: Tensor | None,
-    rng_state: Tensor | None,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    dropout_p: float,
-    return_dmask: bool,
-    num_splits: int,
-    sm_margin: int,
+    alibi_slopes: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    softmax_scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    return_dmask: bool = False,
+    num_splits: int = 0,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of sequences of one length; returns out, lse, dmask."""
-    options = Options(
-        softmax_scale, window_left, window_right, softcap, alibi_slopes, rng_state, dropout_p
+    options = _options(
+        q, softmax_scale, window_left, window_right, softcap, alibi_slopes, rng_state, dropout_p
     )
     out = _new_out(q, v)
     return (out, *_fixed_forward(q, k, v, out, options, return_dmask))
@@ -142,20 +148,20 @@ def fwd_out(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    alibi_slopes: Tensor | None,
-    rng_state: Tensor | None,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    dropout_p: float,
-    return_dmask: bool,
-    num_splits: int,
-    sm_margin: int,
+    alibi_slopes: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    softmax_scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    return_dmask: bool = False,
+    num_splits: int = 0,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`fwd` that writes into `out`; returns lse, dmask."""
-    options = Options(
-        softmax_scale, window_left, window_right, softcap, alibi_slopes, rng_state, dropout_p
+    options = _options(
+        q, softmax_scale, window_left, window_right, softcap, alibi_slopes, rng_state, dropout_p
     )
     return _fixed_forward(q, k, v, out, options, return_dmask)
 
@@ -167,21 +173,21 @@ def bwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    dlse: Tensor | None,
-    alibi_slopes: Tensor | None,
-    rng_state: Tensor | None,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    dropout_p: float,
-    deterministic: bool,
-    sm_margin: int,
+    dlse: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    softmax_scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `fwd`; returns dq, dk, dv."""
     note_fallback("bwd", q)
-    options = Options(
-        softmax_scale, window_left, window_right, softcap, alibi_slopes, rng_state, dropout_p
+    options = _options(
+        q, softmax_scale, window_left, window_right, softcap, alibi_slopes, rng_state, dropout_p
     )
     sides = FixedSide(q.shape[1]), FixedSide(k.shape[1])
     parts = problems(q, k.shape[2], q.shape[0], sides, options)
@@ -241,20 +247,20 @@ def varlen_fwd(
     page_table: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    alibi_slopes: Tensor | None,
-    rng_state: Tensor | None,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    dropout_p: float,
-    return_dmask: bool,
-    num_splits: int,
-    sm_margin: int,
+    alibi_slopes: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    softmax_scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    return_dmask: bool = False,
+    num_splits: int = 0,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of packed sequences, keys packed or in pages; returns out, lse, dmask."""
-    options = Options(
-        softmax_scale, window_left, window_right, softcap, alibi_slopes, rng_state, dropout_p
+    options = _options(
+        q, softmax_scale, window_left, window_right, softcap, alibi_slopes, rng_state, dropout_p
     )
     max_seqlens = (max_seqlen_q, max_seqlen_k)
     sides = _varlen_sides(
@@ -276,20 +282,20 @@ def varlen_fwd_out(
     page_table: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    alibi_slopes: Tensor | None,
-    rng_state: Tensor | None,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    dropout_p: float,
-    return_dmask: bool,
-    num_splits: int,
-    sm_margin: int,
+    alibi_slopes: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    softmax_scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    return_dmask: bool = False,
+    num_splits: int = 0,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`varlen_fwd` that writes into `out`; returns lse, dmask."""
-    options = Options(
-        softmax_scale, window_left, window_right, softcap, alibi_slopes, rng_state, dropout_p
+    options = _options(
+        q, softmax_scale, window_left, window_right, softcap, alibi_slopes, rng_state, dropout_p
     )
     max_seqlens = (max_seqlen_q, max_seqlen_k)
     sides = _varlen_sides(
@@ -312,20 +318,20 @@ def varlen_bwd(
     seqused_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    alibi_slopes: Tensor | None,
-    rng_state: Tensor | None,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    dropout_p: float,
-    deterministic: bool,
-    sm_margin: int,
+    alibi_slopes: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    softmax_scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `varlen_fwd` without pages; returns dq, dk, dv."""
     note_fallback("varlen_bwd", q)
-    options = Options(
-        softmax_scale, window_left, window_right, softcap, alibi_slopes, rng_state, dropout_p
+    options = _options(
+        q, softmax_scale, window_left, window_right, softcap, alibi_slopes, rng_state, dropout_p
     )
     sides = _varlen_sides(
         k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, (max_seqlen_q, max_seqlen_k)

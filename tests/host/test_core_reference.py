@@ -231,20 +231,48 @@ LIMITS = {"sm80": 163, "sm89": 99, "sm90": 227}  # KB
 @pytest.mark.parametrize("bordered", [False, True])
 def test_tile_configs(introspect: ModuleType, arch: str, head_dim: int, bordered: bool) -> None:
     assert introspect.max_smem_bytes(arch) == LIMITS[arch] * 1024
-    fwd = introspect.fwd_tile_config(arch, head_dim, bordered)
-    q = fwd["num_q_stages"] * fwd["tile_m"]
-    kv = 2 * fwd["num_stages"] * fwd["tile_n"]
-    rows = max(q, kv) if fwd["q_in_regs"] else q + kv
-    shared_p = 2 * fwd["tile_m"] * fwd["tile_n"] if fwd["warps_per_row"] == 2 else 0
-    assert fwd["smem_bytes"] == 2 * head_dim * rows + shared_p <= LIMITS[arch] * 1024
-    assert fwd["tile_m"] * (fwd["tile_n"] + head_dim) == fwd["accum_regs"] * fwd["num_warps"] * 32
-    assert fwd["num_threads"] == fwd["num_warps"] * 32 + (128 if arch == "sm90" else 0)
     bwd = introspect.bwd_tile_config(arch, head_dim, bordered)
     kept = (1 if bwd["v_in_regs"] else 2) * bwd["tile_n"] * head_dim
     streamed = (bwd["num_q_stages"] + bwd["num_dout_stages"]) * bwd["tile_m"] * head_dim
     ds = bwd["num_ds_stages"] * bwd["tile_m"] * bwd["tile_n"]
     dq = 4 * bwd["tile_m"] * head_dim if bwd["dq_through_smem"] else 0
     assert bwd["smem_bytes"] == 2 * (kept + streamed + ds) + dq <= LIMITS[arch] * 1024
+
+
+@pytest.mark.parametrize("arch", LIMITS)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_sm80_fwd_tiles(introspect: ModuleType, arch: str, head_dim: int) -> None:
+    """Of SM80's kernels on a GPU with the shared memory of `arch`."""
+    fwd = introspect.sm80_fwd_tile_config(arch, head_dim)
+    q = fwd["num_q_stages"] * fwd["tile_m"]
+    kv = 2 * fwd["num_stages"] * fwd["tile_n"]
+    rows = max(q, kv) if fwd["q_in_regs"] else q + kv
+    shared_p = 2 * fwd["tile_m"] * fwd["tile_n"] if fwd["warps_per_row"] == 2 else 0
+    assert fwd["smem_bytes"] == 2 * head_dim * rows + shared_p <= LIMITS[arch] * 1024
+    assert fwd["tile_m"] * (fwd["tile_n"] + head_dim) == fwd["accum_regs"] * fwd["num_warps"] * 32
+    assert fwd["num_threads"] == fwd["num_warps"] * 32
+
+
+@pytest.mark.parametrize("which", ["tall", "fine", "score_mod"])
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "built", "built_v"),
+    [(64, 64, 64, 64), (65, 96, 96, 96), (128, 8, 128, 128), (64, 128, 128, 128),
+     (192, 192, 192, 192), (192, 128, 192, 128), (136, 64, 192, 128), (192, 136, 192, 192),
+     (256, 64, 256, 256), (1, 256, 256, 256)],
+)  # fmt: skip
+def test_sm90_fwd_tiles(
+    introspect: ModuleType, head_dim: int, head_dim_v: int, built: int, built_v: int, which: str
+) -> None:
+    fwd = introspect.sm90_fwd_tile_config(head_dim, head_dim_v, which)
+    columns, columns_v = (-(-size // 64) * 64 for size in (built, built_v))
+    q, kv = fwd["num_q_stages"] * fwd["tile_m"], fwd["num_stages"] * fwd["tile_n"]
+    bytes_used = 2 * (q * columns + kv * (columns + columns_v)) + 1024
+    assert fwd["smem_bytes"] == bytes_used <= LIMITS["sm90"] * 1024
+    assert fwd["tile_m"] == 16 * fwd["num_warps"]
+    assert fwd["tile_m"] * (fwd["tile_n"] + built_v) == fwd["accum_regs"] * fwd["num_warps"] * 32
+    assert fwd["num_threads"] == fwd["num_warps"] * 32 + 128
+    if which == "score_mod":
+        assert fwd["tile_n"] % 32 == 0  # keys that share random bytes
 
 
 def test_every_head_dim_has_a_tile(introspect: ModuleType) -> None:
@@ -255,5 +283,5 @@ def test_every_head_dim_has_a_tile(introspect: ModuleType) -> None:
     for d in (1, 80, 256):
         size = introspect.built_head_dim(d)
         for arch in LIMITS:
-            same = introspect.fwd_tile_config(arch, size, False)
-            assert introspect.fwd_tile_config(arch, d, False) == same
+            same = introspect.sm80_fwd_tile_config(arch, size)
+            assert introspect.sm80_fwd_tile_config(arch, d) == same

@@ -12,7 +12,6 @@ ALL = ["sm80", "sm89", "sm90"]
 ROW_FAMILIES = ("combine", "bwd_preprocess", "rotary", "append_kv")
 ATTENTION = ("fwd", "bwd")
 BUILT = (64, 96, 128, 192, 256)
-SM90_FWD = (64, 128)
 SM90_BWD = (64, 96, 128)
 DEVICES = {
     "a100": (8, 0, 108, 163),
@@ -79,7 +78,7 @@ def test_instances_of_this_version(introspect: ModuleType) -> None:
     expected = {
         *itertools.product(("sm80", "sm90"), ROW_FAMILIES, row_types, (0,)),
         *itertools.product(("sm80",), ATTENTION, ("fp16", "bf16"), BUILT),
-        *itertools.product(("sm90",), ("fwd",), ("fp16", "bf16"), SM90_FWD),
+        *itertools.product(("sm90",), ("fwd",), ("fp16", "bf16"), BUILT),
         *itertools.product(("sm90",), ("bwd",), ("fp16", "bf16"), SM90_BWD),
     }
     found = {(row["arch"], row["family"], row["dtype"], row["head_dim"]) for row in rows}
@@ -142,46 +141,73 @@ def test_attention_on_each_device(introspect: ModuleType, device: str, family: s
         assert len(plan["reasons"]) == (major == 9 or (major, minor) == (8, 9))
 
 
-@pytest.mark.parametrize("window", [{}, {"window_right": 0}, {"window_left": 64}], ids=str)
-@pytest.mark.parametrize("head_dim", SM90_FWD)
+SCORE_MODS = [
+    {"softcap": True},
+    {"alibi": True},
+    {"dropout": True},
+    {"positive_scale": False},
+]
+
+
+@pytest.mark.parametrize("head_dim", BUILT)
 @pytest.mark.parametrize("device", ["h100", "h200"])
-def test_sm90_fwd(
-    introspect: ModuleType, device: str, head_dim: int, window: dict[str, int]
-) -> None:
-    """One persistent CTA to an SM at most, which count their tiles in the workspace."""
-    sizes = {"head_dim": head_dim - 24, "head_dim_v": head_dim, "seqlen_q": 1000, **window}
-    tile = introspect.fwd_tile_config("sm90", head_dim, bool(window))
-    for batch_size, varlen in itertools.product((1, 40), (False, True)):
-        fields = problem("fwd", batch_size=batch_size, varlen=varlen, total_q=3000, **sizes)
+def test_sm90_fwd(introspect: ModuleType, device: str, head_dim: int) -> None:
+    """One persistent CTA to an SM at most."""
+    sizes = {"head_dim": head_dim - 24, "head_dim_v": head_dim, "seqlen_q": 1000}
+    for batch_size, varlen, options in itertools.product(
+        (1, 40), (False, True), ({}, {"window_right": 0}, {"window_left": 64}, *SCORE_MODS)
+    ):
+        fields = problem(
+            "fwd", batch_size=batch_size, varlen=varlen, total_q=3000, **sizes, **options
+        )
         plan = introspect.make_plan(fields, device, ALL)
         assert plan["kernel"] == f"sm90_fwd_hdim{head_dim}_bf16"
         assert (plan["library"], plan["tiles"], plan["reasons"]) == ("_sm90", "sm90", [])
-        assert plan["tile"] == (tile["tile_m"], tile["tile_n"])
+        which = ["score_mod"] if options in SCORE_MODS else ["tall", "fine"]
+        tiles = [introspect.sm90_fwd_tile_config(head_dim, head_dim, w) for w in which]
+        (tile,) = [t for t in tiles if plan["tile"] == (t["tile_m"], t["tile_n"])][:1]
         assert plan["num_threads"] == tile["num_threads"]
-        assert plan["smem_bytes"] == tile["smem_bytes"] + 1024
+        assert plan["smem_bytes"] == tile["smem_bytes"]
         per_head = 3000 // tile["tile_m"] + batch_size + 1
-        tiles = 4 * (per_head if varlen else batch_size * -(-1000 // tile["tile_m"]))
-        assert plan["num_ctas"] == min(tiles, 132)
-        assert plan["workspace_bytes"] == 4
+        num_tiles = 4 * (per_head if varlen else batch_size * -(-1000 // tile["tile_m"]))
+        assert plan["num_ctas"] == min(num_tiles, 132)
+        assert plan["workspace_bytes"] == 0
 
 
 @pytest.mark.parametrize(
-    ("fields", "what"),
+    ("head_dim", "batch_size", "seqlen", "options", "expected"),
     [
-        ({"softcap": True}, "softcap"),
-        ({"alibi": True}, "alibi"),
-        ({"dropout": True}, "dropout"),
-        ({"dmask": True}, "dmask"),
-        ({"positive_scale": False}, "softmax_scale <= 0"),
+        (128, 8, 2048, {}, "tall"),
+        (128, 32, 512, {}, "fine"),  # 192 rows leave a quarter of a tile empty
+        (128, 1, 8192, {"num_heads_q": 2}, "fine"),  # 86 tall tiles for 132 SMs
+        (128, 8, 2048, {"window_right": 0}, "fine"),
+        (128, 8, 2048, {"window_left": 256}, "fine"),
+        (96, 8, 2048, {"window_right": 0}, "tall"),
+        (96, 8, 2048, {"window_right": 0, "window_left": 256}, "fine"),
+        (96, 32, 512, {"window_right": 0}, "fine"),
     ],
 )
-def test_what_sm90_fwd_leaves_to_sm80(
-    introspect: ModuleType, fields: dict[str, bool], what: str
+def test_sm90_fwd_tile(
+    introspect: ModuleType,
+    head_dim: int,
+    batch_size: int,
+    seqlen: int,
+    options: dict[str, int],
+    expected: str,
 ) -> None:
-    plan = introspect.make_plan(problem("fwd", **fields), "h100", ALL)
+    """Tall tiles read fewer keys; fine ones waste less on borders and where few tiles are left."""
+    sizes = {"head_dim": head_dim, "head_dim_v": head_dim, "batch_size": batch_size}
+    heads = {"num_heads_q": 16, "num_heads_kv": 1}
+    lengths = {"seqlen_q": seqlen, "seqlen_k": seqlen}
+    fields = problem("fwd", **{**sizes, **heads, **lengths, **options})
+    tile = introspect.sm90_fwd_tile_config(head_dim, head_dim, expected)
+    assert introspect.make_plan(fields, "h100", ALL)["tile"] == (tile["tile_m"], tile["tile_n"])
+
+
+def test_what_sm90_fwd_leaves_to_sm80(introspect: ModuleType) -> None:
+    plan = introspect.make_plan(problem("fwd", dmask=True), "h100", ALL)
     assert plan["kernel"] == "sm80_fwd_hdim128_bf16"
-    assert plan["reasons"] == [f"sm90: {what}: its fwd computes plain scores only"]
-    assert plan["workspace_bytes"] == 0
+    assert plan["reasons"] == ["sm90: dmask: its fwd writes no dropout mask"]
 
 
 @pytest.mark.parametrize("head_dim", SM90_BWD)
@@ -200,7 +226,7 @@ def test_sm90_bwd(introspect: ModuleType, dtype: str, head_dim: int) -> None:
         assert plan["tile"] == (64, 128)
         statistics = 8 * 64 * tile["num_q_stages"]
         assert plan["smem_bytes"] == tile["smem_bytes"] + padding + statistics + 512 <= 227 * 1024
-        assert plan["num_ctas"] == 1 * 4 * 2
+        assert (plan["num_ctas"], plan["head_splits"]) == (1 * 4 * 2, 1)
         counters = 16 * 2 * 4 * 4 if fields.get("deterministic") else 0
         assert plan["workspace_bytes"] == 2 * 1024 * 4 * head_dim * 4 + counters
 
@@ -211,6 +237,14 @@ def test_what_sm90_bwd_leaves_to_sm80(introspect: ModuleType) -> None:
         plan = introspect.make_plan(fields, "h100", ALL)
         assert plan["kernel"] == f"sm80_bwd_hdim{head_dim}_bf16"
         assert plan["reasons"] == [f"sm90: head_dim={head_dim}: bwd is built for 64, 96, 128"]
+    grouped = {"num_heads_q": 32, "num_heads_kv": 4, "batch_size": 1, "seqlen_q": 2048}
+    plan = introspect.make_plan(problem("bwd", **{**grouped, "seqlen_k": 2048}), "h100", ALL)
+    assert (plan["kernel"], plan["head_splits"]) == ("sm80_bwd_hdim128_bf16", 8)
+    assert plan["reasons"] == [
+        "sm90: tiles_k=64: its bwd leaves more than half of the 132 SMs idle"
+    ]
+    plan = introspect.make_plan(problem("bwd", **{**grouped, "seqlen_k": 2200}), "h100", ALL)
+    assert plan["kernel"] == "sm90_bwd_hdim128_bf16"
 
 
 @pytest.mark.parametrize("family", ATTENTION)
@@ -241,9 +275,41 @@ def test_attention_grid(introspect: ModuleType, device: str) -> None:
         ):
             plan = introspect.make_plan(problem(family, **fixed), device, ALL)
             tile = plan["tile"][family == "bwd"]
-            assert plan["num_ctas"] == -(-fixed[rows] // tile) * heads * batch_size
+            shares = 3 if family == "bwd" else 1  # so few tiles of keys: a CTA for each query head
+            assert plan["head_splits"] == shares
+            assert plan["num_ctas"] == -(-fixed[rows] // tile) * heads * shares * batch_size
             plan = introspect.make_plan(problem(family, **varlen), device, ALL)
-            assert plan["num_ctas"] == (totals[total] // tile + batch_size + 1) * heads
+            assert plan["num_ctas"] == (totals[total] // tile + batch_size + 1) * heads * shares
+
+
+@pytest.mark.parametrize(
+    ("num_heads_q", "num_heads_kv", "batch_size", "seqlen_k", "expected"),
+    [
+        (32, 8, 2, 8192, 1),  # 1024 tiles of keys for 132 SMs
+        (32, 8, 2, 2048, 4),  # 256: four CTAs share them, one for each query head
+        (16, 1, 2, 4096, 16),
+        (12, 2, 2, 16384, 2),  # 512: two are enough
+        (16, 16, 1, 128, 1),  # nothing to share
+    ],
+)
+def test_bwd_head_splits(
+    introspect: ModuleType,
+    num_heads_q: int,
+    num_heads_kv: int,
+    batch_size: int,
+    seqlen_k: int,
+    expected: int,
+) -> None:
+    """dK and dV are added up in fp32, as large as K and V, where CTAs share query heads."""
+    sizes = {"batch_size": batch_size, "seqlen_q": 200, "seqlen_k": seqlen_k}
+    heads = {"num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv}
+    plan = introspect.make_plan(problem("bwd", **sizes, **heads), "h100", ["sm80"])
+    tile_m, tile_n = plan["tile"]
+    tiles = batch_size * -(-seqlen_k // tile_n) * num_heads_kv
+    assert (plan["head_splits"], plan["num_ctas"]) == (expected, tiles * expected)
+    dq_accum = batch_size * -(-200 // tile_m) * tile_m * num_heads_q * 128 * 4
+    dkv_accum = 2 * batch_size * seqlen_k * num_heads_kv * 128 * 4
+    assert plan["workspace_bytes"] == dq_accum + (dkv_accum if expected > 1 else 0)
 
 
 @pytest.mark.parametrize("head_dim", BUILT)

@@ -59,20 +59,14 @@ def test_forward_on_h100(with_introspect: ModuleType) -> None:
         """\
 flash_attn_func on h100 (compute capability 9.0, 132 SMs, 227 KB of shared memory a CTA)
   q [2, 4096, 32, 128], k [2, 4096, 8, 128], v [2, 4096, 8, 128], bf16, causal
-  fwd: kernel sm90_fwd_hdim128_bf16 of _sm90, tile M x N, C CTAs and S B of shared memory, \
-workspace 4 B""",
+  fwd: kernel sm90_fwd_hdim128_bf16 of _sm90, tile M x N, C CTAs and S B of shared memory""",
     )
 
 
-@pytest.mark.parametrize(
-    ("options", "what"), [({"softcap": 3.0}, "softcap"), ({"softmax_scale": -0.1}, "softmax_scale")]
-)
-def test_forward_on_h100_that_sm80_computes(
-    with_introspect: ModuleType, options: dict[str, float], what: str
-) -> None:
-    found = explain(Q, KV, KV, arch="h100", **options)
+def test_forward_on_h100_that_sm80_computes(with_introspect: ModuleType) -> None:
+    found = explain(Q, KV, KV, dropout_p=0.1, return_attn_probs=True, arch="h100")
     assert found.kernel == "sm80_fwd_hdim128_bf16"
-    assert found.reasons[0].startswith(f"sm90: {what}")
+    assert found.reasons[0].startswith("sm90: dmask")
 
 
 def test_backward_on_rtx4090(with_introspect: ModuleType) -> None:
@@ -152,6 +146,7 @@ class PlannedEverything:
             "num_threads": 256,
             "num_ctas": 77,
             "num_splits": 3,
+            "head_splits": 1,
             "vectorized": True,
             "smem_bytes": 1024,
             "workspace_bytes": 4096,
@@ -193,7 +188,8 @@ def test_problem_of_every_option(planned: PlannedEverything) -> None:
     slopes = torch.zeros(32)
     explain(
         Q, KV, (2, 4096, 8, 64), dtype=torch.float16, arch="h100", softcap=3.0, alibi_slopes=slopes,
-        dropout_p=0.5, deterministic=True, num_splits=7, window_size=(None, 5),
+        dropout_p=0.5, return_attn_probs=True, deterministic=True, num_splits=7,
+        window_size=(None, 5),
     )  # fmt: skip
     problem, device, built = planned.asked[0]
     assert (device, built) == ("h100", ["sm80", "sm90"])
@@ -216,6 +212,7 @@ def test_problem_of_every_option(planned: PlannedEverything) -> None:
         "softcap": True,
         "alibi": True,
         "dropout": True,
+        "dmask": True,
         "positive_scale": True,
         "deterministic": True,
         "num_splits": 7,
@@ -381,8 +378,7 @@ def test_bad_arguments(
         explain(*args, **options)
 
 
-SM90_FORWARD = ("fp16", "bf16", "head_dim 64", "causal", "window", "GQA", "varlen")
-SM90_BACKWARD = (*SM90_FORWARD, "softcap", "ALiBi", "dropout", "deterministic")
+NOT_SM90 = {"fwd": ("S_dmask",), "bwd": ("head_dim 256", "head_dim_v != head_dim")}
 ARCHS = ["sm80", "sm86", "sm89", "sm90", "sm100", "sm120"]
 
 
@@ -399,9 +395,8 @@ def test_support_table(with_introspect: ModuleType) -> None:
         ):
             assert found == ["PyTorch"] * 6, row
         else:
-            own = {"fwd": SM90_FORWARD, "bwd": SM90_BACKWARD}.get(row["family"], row["feature"])
-            newest = [arch == "sm90" and row["feature"] in own for arch in ARCHS]
-            assert found == ["_sm90" if is_own else "_sm80" for is_own in newest], row
+            own = row["feature"] not in NOT_SM90.get(row["family"], ())
+            assert found == ["_sm90" if own and a == "sm90" else "_sm80" for a in ARCHS], row
 
 
 def test_support_markdown(with_introspect: ModuleType) -> None:

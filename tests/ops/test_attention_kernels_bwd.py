@@ -116,6 +116,15 @@ def test_heads(num_heads_q: int, num_heads_kv: int, deterministic: bool) -> None
     check_fixed(problem, DEVICE, How(deterministic=deterministic))
 
 
+@BOTH
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_grouped_heads_that_fill_the_gpu(head_dim: int, deterministic: bool) -> None:
+    """With enough tiles of keys one CTA adds up all query heads of a KV head, else several do."""
+    heads = {"num_heads_q": 16, "num_heads_kv": 8, "batch_size": 70}
+    problem = case(**heads, seqlen_q=70, seqlen_k=257, head_dim=head_dim, head_dim_v=head_dim)
+    check_fixed(problem, DEVICE, How(deterministic=deterministic))
+
+
 @DTYPES
 @pytest.mark.parametrize("options", ["plain", "causal", "window", "everything"])
 @pytest.mark.parametrize("packed", PACKED.values(), ids=PACKED)

@@ -196,3 +196,24 @@ def test_deterministic(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert autograd.is_deterministic(source == "argument")
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_functorch_transforms_get_the_answer_of_torch(device: str) -> None:
+    """No setup_context, so torch refuses; and afterwards gradients are as before."""
+    q, k, v = (randn(1, 4, 2, 8, dtype=torch.float32, device=device) for _ in range(3))
+
+    def loss(x: Tensor) -> Tensor:
+        return fa.flash_attn_func(x, k, v).sum()
+
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(loss)(q)
+    (dq,) = torch.autograd.grad(loss(q), q)
+    assert dq.isfinite().all()
+
+
+@pytest.mark.parametrize("missing", ["_transforms_are_active", "_unwrap_if_dead"])
+def test_without_the_parts_of_apply(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (randn(1, 4, 2, 8, dtype=torch.float32, device="cpu") for _ in range(3))
+    expected = torch.autograd.grad(fa.flash_attn_func(q, k, v).sum(), q)
+    monkeypatch.setattr(autograd, missing, None)
+    assert torch.equal(torch.autograd.grad(fa.flash_attn_func(q, k, v).sum(), q)[0], expected[0])

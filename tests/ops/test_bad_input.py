@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -246,6 +247,33 @@ def test_names_are_unique() -> None:
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize("rank", [3, 4])
+def test_sound_inputs_are_those_that_pass_every_check(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flat test of all conditions at once against the checks that name them."""
+    heads_and_dims = [(4, 8), (2, 8), (3, 8), (0, 8), (4, 0), (4, 256), (4, 257), (2, 16)]
+    shapes = [(*rows, *last) for rows in ((2, 5), (1, 5)) for last in heads_and_dims]
+    tensors: list[Any] = [torch.empty(shape[-rank:], device="meta") for shape in shapes]
+    tensors += [torch.empty(2, 5, 4, 8)[-1 if rank == 3 else slice(None)], torch.empty(8), "q"]
+    tensors += [tensors[0].to(dtype) for dtype in (torch.int32, torch.bfloat16)]
+    flat = _checks._is_sound
+    monkeypatch.setattr(_checks, "_is_sound", lambda *arguments: False)
+    num_sound = 0
+    for q, k, v in itertools.product(tensors, repeat=3):
+        try:
+            if rank == 4:
+                _checks.fixed(q, k, v)
+            else:
+                _checks._varlen_rows(q, k, v, None, int32([0]), None)
+            passes = True
+        except (TypeError, ValueError):
+            passes = False
+        assert flat(q, k, v, rank) == passes, (q, k, v)
+        num_sound += passes
+    assert num_sound > 20
+
+
 def test_cpu_gpu_mix() -> None:
     require(NEEDS_CUDA)
     with pytest.raises(ValueError, match="k: got device cuda:0, expected cpu as q"):
@@ -276,6 +304,26 @@ def test_window_normalisation() -> None:
     assert _checks.window(False, (None, -7)) == (-1, -1)
     assert _checks.window(True, (3, 5)) == (3, 0)
     assert _checks.window(False, [3, 5]) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    "scalars",
+    [
+        {},
+        {"window_size": None},
+        {"window_size": [-1, -1]},
+        {"window_size": (None, -7)},
+        {"softcap": 0, "dropout_p": False, "num_splits": False},
+        {"softmax_scale": 8**-0.5},
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_spellings_of_a_plain_call(causal: bool, scalars: dict[str, Any]) -> None:
+    q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
+    plain = flash_attn_ext.flash_attn_func(q, k, v, causal=causal)
+    spelled = flash_attn_ext.flash_attn_func(q, k, v, causal=causal, **scalars)
+    assert torch.equal(plain, spelled)
 
 
 def test_max_seqlen_as_tensor() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 from attention_cases import TILED, Case, check_fixed, op
-from helpers import assert_equals, poisoned_empty, randn
+from helpers import assert_equals, cu_seqlens, poisoned_empty, randn
 
 from flash_attn_ext.backends import _problem
 from flash_attn_ext.reference import attention_reference
@@ -112,6 +113,30 @@ def test_rows_without_a_key(device: str) -> None:
     )
     assert (dq[:, :5] == 0).all()
     assert all(x.isfinite().all() for x in (dq, dk, dv))
+
+
+@pytest.mark.parametrize("overload", ["default", "tiled"])
+def test_defaults_of_the_ops(device: str, overload: str) -> None:
+    """What a caller leaves out is a plain call's."""
+    assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
+    case = Case(seqlen_q=9, seqlen_k=12)
+    q, k, v = (x.detach() for x in case.inputs(device))
+    scores = (None, None, q.shape[-1] ** -0.5, -1, -1, 0.0, 0.0)
+    out, lse, dmask = op("fwd", overload)(q, k, v)
+    assert_same((out, lse, dmask), op("fwd", overload)(q, k, v, *scores, False, 0, 0))
+    written = torch.empty_like(out)
+    assert_same(op("fwd_out", overload)(q, k, v, written), (lse, dmask))
+    assert_same(written, out)
+    dout = torch.ones_like(out)
+    gradients = op("bwd", overload)(dout, q, k, v, out, lse)
+    state = (dout, q, k, v, out, lse, None)
+    assert_same(gradients, op("bwd", overload)(*state, *scores, False, 0))
+
+    packed = tuple(x.flatten(0, 1) for x in (q, k, v))
+    lengths = (cu_seqlens([7, 11], device), cu_seqlens([14, 10], device), None, None)
+    results = op("varlen_fwd", overload)(*packed, *lengths, None, 11, 14)
+    explicit = op("varlen_fwd", overload)(*packed, *lengths, None, 11, 14, *scores, False, 0, 0)
+    assert_same(results, explicit)
 
 
 def test_nothing_is_visible(device: str) -> None:

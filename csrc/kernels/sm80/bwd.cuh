@@ -7,12 +7,15 @@
 //   all:       dQ += dS K, one step late, added up in fp32 in global memory
 // Both roles run the same two products on other operands, with the keys along the rows, so that P
 // and dS stay in registers as A operands, and a warp reads the other operand once for all its keys.
+// With few KV heads several CTAs share the query heads of one (head_splits) and add dK and dV up in
+// global memory too.
 // dK warps take their part of dQ before their scores, dV warps behind dV: the roles stay apart, and
 // one computes exponentials while the other multiplies.
 // Barriers: one a step for the CTA; one for each pair of warps with the same keys, when P is there.
 // Memory, division among warps: bwd_shape.h. Tiles: core/tile_config.h. Numbers:
 // docs/performance/sm80_backward.md. Algorithm: FlashAttention-2, arXiv:2307.08691, algorithm 2.
-// delta comes from bwd_preprocess, bwd_postprocess rounds dQ. Instances: instances/sm80_bwd_*.cu.
+// delta comes from bwd_preprocess, bwd_postprocess rounds what was added up. Instances:
+// instances/sm80_bwd_*.cu.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -301,8 +304,8 @@ struct BwdCta {
     return ds;
   }
 
-  // dP of what dropout keeps times `factor`, of what it drops 0. The sign of P says which, and leaves
-  // it: even a dropped P of 0 has one.
+  // dP of what dropout keeps times `factor`, of what it drops 0. The sign of P says which, and
+  // leaves it: even a dropped P of 0 has one.
   static FA_DEVICE void drop_gradient(Scores& dp, Operand& probs, float factor) {
     FA_UNROLL
     for (int m = 0; m < Shape::kBands; ++m) {
@@ -396,7 +399,7 @@ struct BwdCta {
     const int64_t index = bwd_dq_tile_index<Shape::kTileM>(p, tile.batch, tile.seq_q.first_row,
                                                            step.m_block, step.head);
     int* turn = p.dq_semaphore == nullptr ? nullptr : p.dq_semaphore + index;
-    if (turn != nullptr) wait_for_turn(turn, step.m_block);
+    if (turn != nullptr) wait_for_turn(turn, tiles_before(step.m_block));
     float* out =
         p.dq_accum + index * Shape::kDqTileElements + warp * Shape::kDqRegs * kWarpSize + lane;
     int reg = 0;
@@ -412,11 +415,13 @@ struct BwdCta {
   }
 
   // Deterministic: tiles of keys add to a tile of queries in ascending order, each warp its part.
-  // The counter says how many warps are done. CTAs start in the order of n_block, so whoever is
-  // waited for already runs.
-  FA_DEVICE void wait_for_turn(const int* counter, int m_block) const {
-    const int first = n_block_range(tile.mask, m_block, Shape::kTileM, Shape::kTileN).begin;
-    const int done = (tile.n_block - first) * Shape::kTile.num_warps;
+  FA_DEVICE int tiles_before(int m_block) const {
+    return tile.n_block - n_block_range(tile.mask, m_block, Shape::kTileM, Shape::kTileN).begin;
+  }
+  // The counter says how many warps are done. CTAs start in the order of n_block and split, so
+  // whoever is waited for already runs.
+  FA_DEVICE void wait_for_turn(const int* counter, int ctas_before) const {
+    const int done = ctas_before * Shape::kTile.num_warps;
     while (lane == 0 && ptx::ld_acquire_gpu_s32(counter) < done) {
     }
     __syncwarp();
@@ -429,13 +434,54 @@ struct BwdCta {
 
   // ---- dK, dV ----
 
+  // What a gradient is multiplied by in the end.
+  FA_DEVICE float gradient_scale() const {
+    const float keep_factor = kScoreMod ? 256.f / p.score.keep_threshold : 1.f;
+    return owns_dv ? keep_factor : p.score.softmax_scale;
+  }
+
+  // Adds this warp's rows to dk_accum or dv_accum, in the order of the splits if deterministic.
+  FA_DEVICE void add_gradient(const Gradient& acc) const {
+    const int64_t tile_row = bwd_dq_accum_first_row(
+        p.seqlens_k.cu_seqlens != nullptr, tile.batch, p.seqlens_k.max_seqlen,
+        static_cast<int>(tile.seq_k.first_row), Shape::kTileN);
+    int* turn = p.dkv_semaphore == nullptr
+                    ? nullptr
+                    : p.dkv_semaphore + (tile_row / Shape::kTileN + tile.n_block) * p.num_heads_kv +
+                          tile.head_kv;
+    const int num_cols = owns_dv ? p.head_dim_v : p.head_dim;
+    const int first_key = tile.n_block * Shape::kTileN + warp_key;
+    const int64_t first_row = p.seqlens_k.cu_seqlens
+                                  ? tile.seq_k.first_row
+                                  : static_cast<int64_t>(tile.batch) * p.seqlens_k.max_seqlen;
+    float* out = (owns_dv ? p.dv_accum : p.dk_accum) +
+                 ((first_row + first_key) * p.num_heads_kv + tile.head_kv) * num_cols;
+    const float scale = gradient_scale();
+    if (turn != nullptr) wait_for_turn(turn, tile.split);
+    FA_UNROLL
+    for (int m = 0; m < Shape::kBands; ++m) {
+      FA_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const int row = 16 * m + 8 * h + lane / 4;
+        if (first_key + row >= tile.seq_k.seqlen) continue;
+        float* out_row = out + static_cast<int64_t>(row) * p.num_heads_kv * num_cols + lane % 4 * 2;
+        FA_UNROLL
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          if (8 * n >= num_cols) continue;
+          ptx::red_global_add_f32(out_row + 8 * n, acc.x[m][n][2 * h] * scale);
+          ptx::red_global_add_f32(out_row + 8 * n + 1, acc.x[m][n][2 * h + 1] * scale);
+        }
+      }
+    }
+    if (turn != nullptr) end_turn(turn);
+  }
+
   // Rounds this warp's rows and writes them through shared memory, whose first bytes it overwrites.
   // Rows past the sequence become 0.
   FA_DEVICE void store_gradient(const Gradient& acc) const {
     const SmemTile<Shape::kWarpKeys, kHeadDim> rows{smem +
                                                     warp * Shape::kWarpKeys * KeptTile::kRowBytes};
-    const float keep_factor = kScoreMod ? 256.f / p.score.keep_threshold : 1.f;
-    const float scale = owns_dv ? keep_factor : p.score.softmax_scale;
+    const float scale = gradient_scale();
     FA_UNROLL
     for (int m = 0; m < Shape::kBands; ++m) {
       FA_UNROLL
@@ -490,8 +536,12 @@ __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads,
   extern __shared__ __align__(1024) unsigned char smem[];
 
   const BwdTile tile = bwd_tile<Shape>(p, grid, heads_per_group);
-  const int num_steps = tile.blocks.size() * (p.num_heads_q / p.num_heads_kv);
-  if (num_steps == 0) return clear_kept_gradients<T, Shape>(p, tile, grid.num_m_blocks);
+  const int num_steps = tile.blocks.size() * (p.num_heads_q / (p.num_heads_kv * p.head_splits));
+  if (num_steps == 0) {
+    // Every split of the tile comes here, so nobody waits for a turn; dk_accum is zero.
+    if (p.head_splits == 1) clear_kept_gradients<T, Shape>(p, tile, grid.num_m_blocks);
+    return;
+  }
 
   const int warp = threadIdx.x / kWarpSize;
   const Cta cta{p,
@@ -541,6 +591,7 @@ __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads,
   }
   __syncthreads();  // dS of the last step is there
   cta.add_dq(last, (num_steps - 1) % 2);
+  if (p.head_splits > 1) return cta.add_gradient(acc);
   __syncthreads();  // K is no longer read: the gradients pass through its place
   cta.store_gradient(acc);
 }
@@ -554,9 +605,10 @@ template <class T, int kHeadDim, Arch kTiles, bool kScoreMod>
 int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream) {
   using Shape = BwdShape<kHeadDim, kTiles>;
   constexpr auto kKernel = bwd_kernel<T, kHeadDim, kTiles, kScoreMod>;
-  const TileGrid grid{max(1, ceil_div(p.seqlens_k.max_seqlen, Shape::kTileN)), p.num_heads_kv,
-                      num_sequences};
-  const int64_t stream_bytes = int64_t{p.num_heads_q / p.num_heads_kv} * p.seqlens_q.max_seqlen *
+  const TileGrid grid{max(1, ceil_div(p.seqlens_k.max_seqlen, Shape::kTileN)),
+                      p.num_heads_kv * p.head_splits, num_sequences};
+  const int heads_per_cta = p.num_heads_q / (p.num_heads_kv * p.head_splits);
+  const int64_t stream_bytes = int64_t{heads_per_cta} * p.seqlens_q.max_seqlen *
                                (2 * (p.head_dim + p.head_dim_v) + 4 * kHeadDim);
   const int heads_per_group = l2_group_size(stream_bytes, 1, kBwdL2GroupBytes);
   const cudaError_t error = allow_dynamic_smem<kKernel>(Shape::kSmemBytes);
@@ -574,8 +626,10 @@ int launch_bwd_tiles(const BwdParams& p, cudaStream_t stream) {
   const int error = has_score_mod(p.score)
                         ? launch_bwd_kernel<T, kHeadDim, kTiles, true>(p, num_sequences, stream)
                         : launch_bwd_kernel<T, kHeadDim, kTiles, false>(p, num_sequences, stream);
-  return error != cudaSuccess
-             ? error
+  if (error != cudaSuccess) return error;
+  const int rounded = p.head_splits > 1 ? launch_round_gradients<T>(p, stream) : cudaSuccess;
+  return rounded != cudaSuccess
+             ? rounded
              : launch_bwd_postprocess<T, kHeadDim, kTiles>(p, num_sequences, stream);
 }
 

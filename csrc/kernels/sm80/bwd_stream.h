@@ -7,9 +7,9 @@
 
 namespace fa {
 
-// A tile of keys of one KV head.
+// A tile of keys of one KV head, for a share of its query heads.
 struct BwdTile {
-  int n_block, head_kv, batch;
+  int n_block, head_kv, split, batch;
   SeqlenInfo seq_q, seq_k;
   MaskSpec mask;
   BlockRange blocks;  // of queries that see a key of it
@@ -20,7 +20,8 @@ FA_DEVICE BwdTile bwd_tile(const BwdParams& p, TileGrid grid, int heads_per_grou
   BwdTile tile;
   // n_block 0 first: under a causal mask most queries see it, and dQ's turns follow this order.
   const TileCoord at = tile_coord_grouped(grid, blockIdx.x, false, heads_per_group);
-  tile.n_block = at.m_block, tile.head_kv = at.head, tile.batch = at.batch;
+  tile.n_block = at.m_block, tile.batch = at.batch;
+  tile.head_kv = at.head / p.head_splits, tile.split = at.head % p.head_splits;
   tile.seq_q = seqlen_info_or_rest(p.seqlens_q, tile.batch, p.batch_size, p.total_q);
   tile.seq_k = seqlen_info_or_rest(p.seqlens_k, tile.batch, p.batch_size, p.total_k);
   tile.mask =
@@ -44,7 +45,8 @@ struct BwdStream {
   int64_t statistics_row;  // of the head's first query, in lse and delta
 
   static FA_DEVICE BwdStream first(const BwdParams& p, const BwdTile& tile, int tile_m) {
-    const int head = tile.head_kv * (p.num_heads_q / p.num_heads_kv);
+    const int head = (tile.head_kv * p.head_splits + tile.split) *
+                     (p.num_heads_q / (p.num_heads_kv * p.head_splits));
     const int m_block = tile.blocks.end - 1;
     const int64_t row = tile.seq_q.first_row + static_cast<int64_t>(m_block) * tile_m;
     const auto at = [&](const void* tensor, const Strides& strides) {

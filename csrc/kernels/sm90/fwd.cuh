@@ -17,6 +17,7 @@
 #include <cuda_runtime.h>
 
 #include "attention/apply_mask.h"
+#include "attention/score_mod.h"
 #include "attention/softmax.h"
 #include "core/lse_rows.h"
 #include "core/mask.h"
@@ -25,6 +26,7 @@
 #include "core/tile_scheduler.h"
 #include "kernels/launch.h"
 #include "kernels/tensor_map.h"
+#include "kernels/tile_counter.h"
 #include "ptx/barrier.h"
 #include "ptx/global_memory.h"
 #include "ptx/shared_memory.h"
@@ -41,6 +43,7 @@ struct FwdWork {
   SeqlenInfo q_seq, k_seq;
   MaskSpec mask;
   BlockRange blocks;  // that are loaded: what any of the tile's rows needs
+  ScoreMod mod;       // set iff the kernel has kScoreMod
 };
 
 // What the launcher adds to the parameters.
@@ -49,14 +52,17 @@ struct FwdLaunch {
   TileOrder order;      // fixed length
   FastDiv num_heads, group_size;
   int num_tiles;
-  float scale_log2;  // softmax_scale * log2(e)
+  int counter;       // tile_counters[counter] deals the tiles; kNoTileCounter: in turn
+  float scale_log2;  // of the softmax: softmax_scale * log2(e); 1 behind a ScoreMod
   float threshold;   // kMaxWeightLog2 / scale_log2
 };
 
 // Sizes, and where things lie in shared memory.
-template <class T, int kHeadDim, MaskKind kMask>
+template <class T, int kHeadDim, int kHeadDimV, Sm90FwdTile kWhich>
 struct FwdLayout {
-  static constexpr FwdTileConfig kTile = fwd_tile_config(Arch::kSm90, kHeadDim, kMask);
+  static constexpr BuiltHeadDims kBuilt{kHeadDim, kHeadDimV};
+  static constexpr FwdTileConfig kTile = sm90_fwd_tile_config(kBuilt, kWhich);
+  static constexpr bool kScoreMod = kWhich == Sm90FwdTile::kScoreMod;
   static constexpr int kConsumers = kTile.num_warps / 4;  // warpgroups
   static constexpr int kThreads = fwd_num_threads(Arch::kSm90, kTile);
   static constexpr bool kTakesTurns = kConsumers == 3;
@@ -66,29 +72,30 @@ struct FwdLayout {
   static_assert(kTile.tile_m == kRows * kConsumers && kStages >= 2);
 
   using TileQ = SwizzledTile<kRows, kHeadDim>;
-  using TileKv = SwizzledTile<kTile.tile_n, kHeadDim>;
+  using TileK = SwizzledTile<kTile.tile_n, kHeadDim>;
+  using TileV = SwizzledTile<kTile.tile_n, kHeadDimV>;
   using KvPipeline = Pipeline<kStages>;
   using QPipeline = Pipeline<kQStages>;
   using WorkPipeline = Pipeline<2>;
 
   static constexpr int kK = kConsumers * kQStages * TileQ::kBytes;
-  static constexpr int kV = kK + kStages * TileKv::kBytes;
-  static constexpr int kKBarriers = kV + kStages * TileKv::kBytes;
+  static constexpr int kV = kK + kStages * TileK::kBytes;
+  static constexpr int kKBarriers = kV + kStages * TileV::kBytes;
   static constexpr int kVBarriers = kKBarriers + KvPipeline::kBarrierBytes;
   static constexpr int kQBarriers = kVBarriers + KvPipeline::kBarrierBytes;  // for each warpgroup
   static constexpr int kWorkBarriers = kQBarriers + kConsumers * QPipeline::kBarrierBytes;
   static constexpr int kWork = kWorkBarriers + WorkPipeline::kBarrierBytes;
-  static constexpr int kSmemBytes = fwd_smem_bytes(kTile, kHeadDim, kHeadDim) + kFwdBarrierBytes;
+  static constexpr int kSmemBytes = sm90_fwd_smem_bytes(kTile, kBuilt);
   static_assert(kWork + 2 * static_cast<int>(sizeof(FwdWork)) <= kSmemBytes);
 
   static FA_DEVICE TileQ smem_q(uint32_t smem, int warpgroup, int stage) {
     return {smem + (warpgroup * kQStages + stage) * TileQ::kBytes};
   }
-  static FA_DEVICE TileKv smem_k(uint32_t smem, int stage) {
-    return {smem + kK + stage * TileKv::kBytes};
+  static FA_DEVICE TileK smem_k(uint32_t smem, int stage) {
+    return {smem + kK + stage * TileK::kBytes};
   }
-  static FA_DEVICE TileKv smem_v(uint32_t smem, int stage) {
-    return {smem + kV + stage * TileKv::kBytes};
+  static FA_DEVICE TileV smem_v(uint32_t smem, int stage) {
+    return {smem + kV + stage * TileV::kBytes};
   }
   static FA_DEVICE uint32_t q_barriers(uint32_t smem, int warpgroup) {
     return smem + kQBarriers + warpgroup * QPipeline::kBarrierBytes;
@@ -107,9 +114,9 @@ struct FwdLayout {
 };
 
 // The one thread that decides on tiles and starts all copies.
-template <class T, int kHeadDim, MaskKind kMask>
+template <class T, int kHeadDim, int kHeadDimV, Sm90FwdTile kWhich>
 struct FwdProducer {
-  using Layout = FwdLayout<T, kHeadDim, kMask>;
+  using Layout = FwdLayout<T, kHeadDim, kHeadDimV, kWhich>;
   static constexpr FwdTileConfig kTile = Layout::kTile;
 
   const FwdParams& p;
@@ -145,8 +152,14 @@ struct FwdProducer {
     }
   }
 
+  // Each CTA asks once for every tile it takes and once more: the last of all answers resets the
+  // counter for the next launch.
   FA_DEVICE int next_tile(int tile) const {
-    return p.next_tile != nullptr ? atomicAdd(p.next_tile, 1) + gridDim.x : tile + gridDim.x;
+    if (launch.counter == kNoTileCounter) return tile + gridDim.x;
+    int& counter = tile_counters[launch.counter];
+    const int ticket = atomicAdd(&counter, 1);
+    if (ticket == launch.num_tiles + static_cast<int>(gridDim.x) - 1) counter = 0;
+    return ticket + gridDim.x;
   }
 
   // False: `tile` has no rows.
@@ -171,6 +184,8 @@ struct FwdProducer {
     work.mask =
         mask_spec(work.q_seq.seqlen, work.k_seq.seqlen, p.score.window_left, p.score.window_right);
     work.blocks = n_block_range(work.mask, coord.m_block, kTile.tile_m, kTile.tile_n);
+    if constexpr (Layout::kScoreMod)
+      work.mod = ScoreMod::of(p.score, work.mask, coord.batch, coord.head, p.num_heads_q);
     return true;
   }
 
@@ -208,14 +223,14 @@ struct FwdProducer {
   }
   FA_DEVICE void load_k(ptx::BoxOrigin at, int n_block) {
     k.wait_empty();
-    ptx::mbarrier_arrive_expect_tx(k.full(), Layout::TileKv::kBytes);
+    ptx::mbarrier_arrive_expect_tx(k.full(), Layout::TileK::kBytes);
     at.row += n_block * kTile.tile_n;
     load_tile_tma(Layout::smem_k(smem, k.stage), &launch.k, at, k.full(), ptx::kL2EvictLast);
     k.advance();
   }
   FA_DEVICE void load_v(ptx::BoxOrigin at, int n_block) {
     v.wait_empty();
-    ptx::mbarrier_arrive_expect_tx(v.full(), Layout::TileKv::kBytes);
+    ptx::mbarrier_arrive_expect_tx(v.full(), Layout::TileV::kBytes);
     at.row += n_block * kTile.tile_n;
     load_tile_tma(Layout::smem_v(smem, v.stage), &launch.v, at, v.full(), ptx::kL2EvictLast);
     v.advance();
@@ -223,12 +238,12 @@ struct FwdProducer {
 };
 
 // A warpgroup's computation: the stages of the loop as functions, and what they share.
-template <class T, int kHeadDim, MaskKind kMask>
+template <class T, int kHeadDim, int kHeadDimV, Sm90FwdTile kWhich>
 struct FwdConsumer {
-  using Layout = FwdLayout<T, kHeadDim, kMask>;
+  using Layout = FwdLayout<T, kHeadDim, kHeadDimV, kWhich>;
   static constexpr FwdTileConfig kTile = Layout::kTile;
   static constexpr int kN = kTile.tile_n / 8;                        // accumulator columns of S
-  static constexpr int kD = kHeadDim / 8;                            // of O
+  static constexpr int kD = kHeadDimV / 8;                           // of O
   static constexpr int kFirstTurnBarrier = 1, kFirstOwnBarrier = 8;  // named barriers
   using Scores = AccumTile<1, kN>;
   using Weights = AFragments<1, kN / 2>;
@@ -326,10 +341,11 @@ struct FwdConsumer {
     ptx::wgmma_fence_operand(acc_s.x[0]);
     release(k);
     k.advance();
-    mask(acc_s, work, blocks, n_block);
+    modify_scores(acc_s, work, blocks, n_block);
     float factor[Softmax::kRows];  // of an empty O
     softmax.follow(acc_s, launch.scale_log2, launch.threshold, factor);
     softmax.weigh_far(acc_s, launch.scale_log2);
+    drop(acc_s, work, n_block);
     weights = as_a_operand<T>(acc_s);
     clear_values_behind(work, n_block);
   }
@@ -348,10 +364,11 @@ struct FwdConsumer {
     ptx::wgmma_fence_operand(acc_s.x[0]);
     release(k);
     k.advance();
-    mask(acc_s, work, blocks, n_block);
+    modify_scores(acc_s, work, blocks, n_block);
     float factor[Softmax::kRows];
     const bool moved = softmax.follow(acc_s, launch.scale_log2, launch.threshold, factor);
     softmax.weigh_far(acc_s, launch.scale_log2);
+    drop(acc_s, work, n_block);
     ptx::wgmma_wait_group<0>();  // O is complete, V and the weights read
     ptx::wgmma_fence_operand(acc_o.x[0]);
     release(v);
@@ -396,10 +413,25 @@ struct FwdConsumer {
   FA_DEVICE int first_row(const FwdWork& work) const {
     return work.tile.m_block * kTile.tile_m + warpgroup * Layout::kRows + warp_row;
   }
-  FA_DEVICE void mask(Scores& acc_s, const FwdWork& work, const BlockRange& blocks,
-                      int n_block) const {
+  FA_DEVICE ScoreOrigin origin(const FwdWork& work, int n_block) const {
+    return {first_row(work), n_block * kTile.tile_n};
+  }
+  // Raw scores become masked scores, in the units of the softmax.
+  FA_DEVICE void modify_scores(Scores& acc_s, const FwdWork& work, const BlockRange& blocks,
+                               int n_block) const {
+    if constexpr (Layout::kScoreMod) work.mod.score(acc_s, origin(work, n_block), lane);
     if (n_block >= blocks.full_end || n_block < blocks.full_begin)
-      apply_mask(acc_s, work.mask, {first_row(work), n_block * kTile.tile_n}, lane);
+      apply_mask(acc_s, work.mask, origin(work, n_block), lane);
+  }
+  // Weights that dropout drops become 0. Their sum, and so the LSE, has them already.
+  FA_DEVICE void drop(Scores& acc_p, const FwdWork& work, int n_block) const {
+    if constexpr (Layout::kScoreMod) {
+      if (work.mod.keep_threshold == 256) return;
+      work.mod.template for_each_kept<1, kN>(origin(work, n_block), lane,
+                                             [&](int, int n, int reg, bool kept) {
+                                               if (!kept) acc_p.x[0][n][reg] = 0.f;
+                                             });
+    }
   }
 
   // Rows of V behind the sequence become 0, as their weights are: 0 * NaN would be NaN. Without
@@ -409,7 +441,7 @@ struct FwdConsumer {
     if (num_rows >= kTile.tile_n) return;
     if (p.seqlens_k.cu_seqlens == nullptr && p.seqlens_k.seqused == nullptr) return;
     v.wait_full();
-    constexpr int kChunks = kHeadDim / 8;
+    constexpr int kChunks = Layout::TileV::kCols / 8;
     const auto smem_v = Layout::smem_v(smem, v.stage);
     for (int i = num_rows * kChunks + static_cast<int>(threadIdx.x % kWarpgroupSize);
          i < kTile.tile_n * kChunks; i += kWarpgroupSize)
@@ -424,11 +456,12 @@ struct FwdConsumer {
   // O as 16-byte chunks, four of a row by the lanes of a quad, and lse.
   FA_DEVICE void store(const FwdWork& work, const Output& acc_o, const Softmax& softmax) const {
     const int num_chunks = p.head_dim_v / 8;
+    const float dropout_scale = Layout::kScoreMod ? 256.f / p.score.keep_threshold : 1.f;
     FA_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int row = first_row(work) + r * 8 + lane / 4;
       const bool exists = row < work.q_seq.seqlen, stored = row < work.q_seq.stored;
-      const float scale = output_scale(softmax.row_sum[r]);
+      const float scale = output_scale(softmax.row_sum[r]) * dropout_scale;
       T* out = static_cast<T*>(p.out) + element_offset(p.out_strides.batch, p.out_strides.token,
                                                        p.out_strides.head, work.tile.batch,
                                                        work.q_seq.first_row + row, work.tile.head);
@@ -470,10 +503,10 @@ struct FwdConsumer {
   }
 };
 
-template <class T, int kHeadDim, MaskKind kMask>
-__global__ void __launch_bounds__(FwdLayout<T, kHeadDim, kMask>::kThreads, 1)
+template <class T, int kHeadDim, int kHeadDimV, Sm90FwdTile kWhich>
+__global__ void __launch_bounds__(FwdLayout<T, kHeadDim, kHeadDimV, kWhich>::kThreads, 1)
     fwd_kernel(const __grid_constant__ FwdParams p, const __grid_constant__ FwdLaunch launch) {
-  using Layout = FwdLayout<T, kHeadDim, kMask>;
+  using Layout = FwdLayout<T, kHeadDim, kHeadDimV, kWhich>;
   extern __shared__ __align__(1024) char smem[];
   const uint32_t smem_base = ptx::cvta_to_shared(smem);
   if (threadIdx.x == 0) {
@@ -486,10 +519,11 @@ __global__ void __launch_bounds__(FwdLayout<T, kHeadDim, kMask>::kThreads, 1)
   const int warpgroup = ptx::warpgroup_index();
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Layout::kRegisters.producer>();
-    if (threadIdx.x == 0) FwdProducer<T, kHeadDim, kMask>(p, launch, smem_base).run(smem);
+    if (threadIdx.x == 0)
+      FwdProducer<T, kHeadDim, kHeadDimV, kWhich>(p, launch, smem_base).run(smem);
   } else {
     ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
-    FwdConsumer<T, kHeadDim, kMask>(p, launch, smem_base, warpgroup - 1).run(smem);
+    FwdConsumer<T, kHeadDim, kHeadDimV, kWhich>(p, launch, smem_base, warpgroup - 1).run(smem);
   }
 }
 
@@ -505,9 +539,9 @@ inline HeadTensor head_tensor(const void* data, const Strides& strides, const Se
   return {data, strides, varlen ? 1 : batch_size, varlen ? total : seqlens.max_seqlen, 0, 0};
 }
 
-template <class T, int kHeadDim, MaskKind kMask>
+template <class T, int kHeadDim, int kHeadDimV, Sm90FwdTile kWhich>
 cudaError_t encode_tensor_maps(const FwdParams& p, FwdLaunch& launch) {
-  using Layout = FwdLayout<T, kHeadDim, kMask>;
+  using Layout = FwdLayout<T, kHeadDim, kHeadDimV, kWhich>;
   HeadTensor q = head_tensor(p.q, p.q_strides, p.seqlens_q, p.total_q, p.batch_size);
   HeadTensor k = head_tensor(p.k, p.k_strides, p.seqlens_k, p.total_k, p.batch_size);
   HeadTensor v = head_tensor(p.v, p.v_strides, p.seqlens_k, p.total_k, p.batch_size);
@@ -521,10 +555,10 @@ cudaError_t encode_tensor_maps(const FwdParams& p, FwdLaunch& launch) {
   return error;
 }
 
-template <class T, int kHeadDim, MaskKind kMask>
+template <class T, int kHeadDim, int kHeadDimV, Sm90FwdTile kWhich>
 int launch_fwd_kernel(const FwdParams& p, cudaStream_t stream) {
-  using Layout = FwdLayout<T, kHeadDim, kMask>;
-  constexpr auto kKernel = fwd_kernel<T, kHeadDim, kMask>;
+  using Layout = FwdLayout<T, kHeadDim, kHeadDimV, kWhich>;
+  constexpr auto kKernel = fwd_kernel<T, kHeadDim, kHeadDimV, kWhich>;
   constexpr int kTileM = Layout::kTile.tile_m;
   const bool varlen = p.seqlens_q.cu_seqlens != nullptr;
   const TileGrid grid{ceil_div(p.seqlens_q.max_seqlen, kTileM), p.num_heads_q, p.batch_size};
@@ -545,15 +579,14 @@ int launch_fwd_kernel(const FwdParams& p, cudaStream_t stream) {
   launch.num_heads = FastDiv(p.num_heads_q);
   launch.group_size = FastDiv(heads_per_kv);
   launch.num_tiles = static_cast<int>(num_tiles);
-  launch.scale_log2 = p.score.softmax_scale * kLog2e;
+  launch.scale_log2 = Layout::kScoreMod ? 1.f : p.score.softmax_scale * kLog2e;
   launch.threshold = kMaxWeightLog2<T> / launch.scale_log2;
 
   int num_ctas = 0;
-  cudaError_t error = encode_tensor_maps<T, kHeadDim, kMask>(p, launch);
+  cudaError_t error = encode_tensor_maps<T, kHeadDim, kHeadDimV, kWhich>(p, launch);
   if (error == cudaSuccess) error = num_multiprocessors(num_ctas);
   if (error == cudaSuccess) error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
-  if (error == cudaSuccess && p.next_tile != nullptr)
-    error = cudaMemsetAsync(p.next_tile, 0, sizeof(int), stream);
+  if (error == cudaSuccess) error = tile_counter(stream, launch.counter);
   if (error != cudaSuccess) return error;
   num_ctas = max(num_ctas - p.sm_margin, 1);
   if (num_tiles < num_ctas) num_ctas = max(static_cast<int>(num_tiles), 1);
@@ -561,15 +594,31 @@ int launch_fwd_kernel(const FwdParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+template <class T, int kHeadDim, int kHeadDimV>
+int launch_fwd_tile(const FwdParams& p, cudaStream_t stream) {
+  constexpr BuiltHeadDims kBuilt{kHeadDim, kHeadDimV};
+  constexpr bool kOneTile = same_tile(sm90_fwd_tile_config(kBuilt, Sm90FwdTile::kTall),
+                                      sm90_fwd_tile_config(kBuilt, Sm90FwdTile::kFine));
+  switch (p.sm90_tile) {
+    case Sm90FwdTile::kTall:
+      if constexpr (!kOneTile)
+        return launch_fwd_kernel<T, kHeadDim, kHeadDimV, Sm90FwdTile::kTall>(p, stream);
+      [[fallthrough]];
+    case Sm90FwdTile::kFine:
+      return launch_fwd_kernel<T, kHeadDim, kHeadDimV, Sm90FwdTile::kFine>(p, stream);
+    case Sm90FwdTile::kScoreMod:
+      return launch_fwd_kernel<T, kHeadDim, kHeadDimV, Sm90FwdTile::kScoreMod>(p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
 template <class T, int kHeadDim>
 int launch_fwd(const FwdParams& p, cudaStream_t stream) {
-  constexpr bool kOneTile = same_tile(fwd_tile_config(Arch::kSm90, kHeadDim, MaskKind::kFull),
-                                      fwd_tile_config(Arch::kSm90, kHeadDim, MaskKind::kBordered));
-  if constexpr (!kOneTile) {
-    if (mask_kind(p.score.window_left, p.score.window_right) == MaskKind::kBordered)
-      return launch_fwd_kernel<T, kHeadDim, MaskKind::kBordered>(p, stream);
+  if constexpr (kHeadDim == 192) {
+    if (sm90_fwd_built_head_dims(p.head_dim, p.head_dim_v).head_dim_v == 128)
+      return launch_fwd_tile<T, 192, 128>(p, stream);
   }
-  return launch_fwd_kernel<T, kHeadDim, MaskKind::kFull>(p, stream);
+  return launch_fwd_tile<T, kHeadDim, kHeadDim>(p, stream);
 }
 
 }  // namespace fa

@@ -1,0 +1,4 @@
+// SM90: forward of head_dim 96 in bf16.
+#include "kernels/instantiate.h"
+#include "kernels/sm90/fwd.cuh"
+template int fa::launch_fwd<__nv_bfloat16, 96>(const fa::FwdParams&, cudaStream_t);
