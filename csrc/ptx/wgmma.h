@@ -69,7 +69,8 @@ FA_DEVICE void wgmma_fence_operand(float (&d)[kN][4]) {
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define FA_ACCUM(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define FA_ACCUM_32 \
-  FA_ACCUM(0), FA_ACCUM(1), FA_ACCUM(2), FA_ACCUM(3), FA_ACCUM(4), FA_ACCUM(5), FA_ACCUM(6), FA_ACCUM(7)
+  FA_ACCUM(0), FA_ACCUM(1), FA_ACCUM(2), FA_ACCUM(3), \
+  FA_ACCUM(4), FA_ACCUM(5), FA_ACCUM(6), FA_ACCUM(7)
 #define FA_ACCUM_40 \
   FA_ACCUM_32, \
   FA_ACCUM(8), FA_ACCUM(9)
@@ -84,10 +85,12 @@ FA_DEVICE void wgmma_fence_operand(float (&d)[kN][4]) {
   FA_ACCUM(14), FA_ACCUM(15)
 #define FA_ACCUM_96 \
   FA_ACCUM_64, \
-  FA_ACCUM(16), FA_ACCUM(17), FA_ACCUM(18), FA_ACCUM(19), FA_ACCUM(20), FA_ACCUM(21), FA_ACCUM(22), FA_ACCUM(23)
+  FA_ACCUM(16), FA_ACCUM(17), FA_ACCUM(18), FA_ACCUM(19), \
+  FA_ACCUM(20), FA_ACCUM(21), FA_ACCUM(22), FA_ACCUM(23)
 #define FA_ACCUM_128 \
   FA_ACCUM_96, \
-  FA_ACCUM(24), FA_ACCUM(25), FA_ACCUM(26), FA_ACCUM(27), FA_ACCUM(28), FA_ACCUM(29), FA_ACCUM(30), FA_ACCUM(31)
+  FA_ACCUM(24), FA_ACCUM(25), FA_ACCUM(26), FA_ACCUM(27), \
+  FA_ACCUM(28), FA_ACCUM(29), FA_ACCUM(30), FA_ACCUM(31)
 // clang-format on
 
 // One product for each n. a, b, p: numbers of the operands behind d's registers.
