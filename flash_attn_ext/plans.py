@@ -348,7 +348,7 @@ def explain(
     )
 
 
-_SIZES = {"batch_size": 2, "seqlen_q": 1024, "seqlen_k": 1024, "num_heads_q": 8, "num_heads_kv": 8}
+_SIZES = {"batch_size": 8, "seqlen_q": 1024, "seqlen_k": 1024, "num_heads_q": 8, "num_heads_kv": 8}
 _TYPES = {name: {"dtype": name} for name in ("fp16", "bf16", "fp32", "fp64")}
 _ATTENTION_FEATURES: dict[str, dict[str, Any]] = {
     **_TYPES,

@@ -196,16 +196,15 @@ struct BwdTileConfig {
   int num_q_stages;      // Q buffers
   int num_dout_stages;   // dO buffers
   int num_ds_stages;     // P or dS buffers, [tile_m, tile_n]
-  int num_warps;         // that compute; SM90 adds one producer warpgroup
+  int num_warps;         // that compute; SM90 adds a producer warpgroup and one for dQ
   bool v_in_regs;        // V passes through Q's and dO's buffers and keeps none
   bool dq_through_smem;  // dQ is staged in fp32 for a bulk reduction; else added from registers
 };
 
 // K and V stay, Q and dO stream: dK and dV are complete in one CTA, dQ is added up in global
 // memory.
-FA_HD constexpr BwdTileConfig bwd_tile_config(Arch arch, int head_dim, MaskKind mask) {
+FA_HD constexpr BwdTileConfig bwd_tile_config(Arch arch, int head_dim, MaskKind) {
   const int built = built_head_dim(head_dim);
-  const bool full = mask == MaskKind::kFull;
   // clang-format off
   switch (arch) {
     // Half of the warps own dV, the other half dK, tile_n / (num_warps / 2) keys to a warp: the
@@ -232,14 +231,13 @@ FA_HD constexpr BwdTileConfig bwd_tile_config(Arch arch, int head_dim, MaskKind 
       break;
     case Arch::kSm90:
       switch (built) {
-        // 64 x 128 is the largest tile that compiles without serialised wgmma when dV is issued
-        // before dP and S of the next block before dK; dQ goes out from registers. 80 KB.
-        case 64:  return {64, 128, 2, 2, 1, 8, false, false};
-        // The same order. 112 KB.
-        case 96:  return {64, 128, 2, 2, 1, 8, false, false};
-        // 80 rows use the registers to the full, and shared memory (224 KB); bordered 64 rows, as
-        // the diagonal wastes less (192 KB).
-        case 128: return {full ? 80 : 64, 128, 2, 2, 2, 8, false, true};
+        // Three and four stages of Q and dO: with two, S of the next block waits for TMA, 20 % at
+        // d 64. 128 x 128 is equal at best. 147 KB.
+        case 64:  return {64, 128, 4, 4, 2, 8, false, true};
+        // Rows of 192 bytes take 256 of shared memory. 218 KB.
+        case 96:  return {64, 128, 3, 3, 2, 8, false, true};
+        // 226 KB. 80 rows need 16 registers more than there are.
+        case 128: return {64, 128, 3, 3, 2, 8, false, true};
         // Three warpgroups share dK and dV, 96 registers of 160. 204 KB.
         case 192: return {64,  96, 2, 1, 1, 12, false, true};
         // 186 KB; staging dQ would make 250 KB.
@@ -269,15 +267,32 @@ FA_HD constexpr int bwd_smem_bytes(BwdTileConfig c, int head_dim) {
   const int dq = c.dq_through_smem ? 2 * c.tile_m * head_dim : 0;  // fp32: two 2-byte elements
   return 2 * (kept + streamed + ds + dq);
 }
-constexpr int kBwdBarrierBytes = 1024;
+constexpr int kBwdBarrierBytes = 512;
 
-// SM80: LSE and delta of the rows of a step, fp32, two stages.
-FA_HD constexpr int bwd_statistics_bytes(BwdTileConfig c) {
-  return 2 * 2 * 4 * c.tile_m;
+// LSE and delta of the rows of a step, fp32. SM80: two stages, SM90: as many as of Q.
+FA_HD constexpr int bwd_statistics_bytes(Arch arch, BwdTileConfig c) {
+  return (arch == Arch::kSm90 ? c.num_q_stages : 2) * 2 * 4 * c.tile_m;
 }
 
+// All of a CTA of SM90's kernel, in whose shared memory rows are whole slabs of 64 elements.
+FA_HD constexpr int sm90_bwd_smem_bytes(BwdTileConfig c, int head_dim) {
+  const int dq_padding = c.dq_through_smem ? 4 * c.tile_m * (round_up(head_dim, 64) - head_dim) : 0;
+  return bwd_smem_bytes(c, round_up(head_dim, 64)) - dq_padding +
+         bwd_statistics_bytes(Arch::kSm90, c) + kBwdBarrierBytes;
+}
+
+// SM90 adds a producer warpgroup and one for dQ.
 FA_HD constexpr int bwd_num_threads(Arch arch, BwdTileConfig c) {
-  return c.num_warps * kWarpSize + (arch == Arch::kSm90 ? kWarpgroupSize : 0);
+  return c.num_warps * kWarpSize + (arch == Arch::kSm90 ? 2 * kWarpgroupSize : 0);
+}
+
+// Registers of the roles of SM90's backward with two consumer warpgroups, as WarpgroupRegisters.
+struct BwdRegisters {
+  int at_launch, producer, dq, consumer;
+};
+FA_HD constexpr BwdRegisters sm90_bwd_registers(int head_dim) {
+  // d 96: the sums of dQ are 48 registers, 32 elsewhere.
+  return head_dim == 96 ? BwdRegisters{128, 32, 80, 200} : BwdRegisters{128, 32, 64, 208};
 }
 
 // fp32 registers of a computing thread: dK and dV always, and S with dP, or dQ once those are used.
@@ -312,8 +327,8 @@ FA_HD constexpr bool sm90_fwd_configs_fit(Sm90FwdTile which) {
 FA_HD constexpr bool bwd_config_fits(Arch arch, BwdTileConfig c, int head_dim) {
   const bool sm90 = arch == Arch::kSm90;
   const bool tiles = c.tile_m > 0 && c.tile_m % 16 == 0 && c.tile_n % 16 == 0;
-  const int smem =
-      bwd_smem_bytes(c, head_dim) + (sm90 ? kBwdBarrierBytes : bwd_statistics_bytes(c));
+  const int smem = sm90 ? sm90_bwd_smem_bytes(c, head_dim)
+                        : bwd_smem_bytes(c, head_dim) + bwd_statistics_bytes(arch, c);
   const int max_regs = sm90 ? warpgroup_registers(c.num_warps / 4).consumer - 16 : 200;
   return tiles && smem <= max_smem_bytes(arch) && bwd_accum_regs(c, head_dim) <= max_regs;
 }
@@ -337,6 +352,11 @@ FA_HD constexpr bool warpgroup_registers_fit(int num_consumer_warpgroups) {
              round_up(regs.at_launch, 8) * warpgroups * kWarpgroupSize;
 }
 
+FA_HD constexpr bool bwd_registers_fit(BwdRegisters regs) {
+  return regs.at_launch * 4 * kWarpgroupSize <= kRegistersPerSm &&
+         regs.producer + regs.dq + 2 * regs.consumer <= 4 * regs.at_launch;
+}
+
 static_assert(all_configs_fit(Arch::kSm80, MaskKind::kFull));
 static_assert(all_configs_fit(Arch::kSm80, MaskKind::kBordered));
 static_assert(all_configs_fit(Arch::kSm89, MaskKind::kFull));
@@ -350,5 +370,7 @@ static_assert(sm90_fwd_configs_fit(Sm90FwdTile::kTall) &&
               sm90_fwd_configs_fit(Sm90FwdTile::kScoreMod));
 static_assert(warpgroup_registers_fit(1) && warpgroup_registers_fit(2) &&
               warpgroup_registers_fit(3) && warpgroup_registers_fit(4));
+static_assert(bwd_registers_fit(sm90_bwd_registers(96)) &&
+              bwd_registers_fit(sm90_bwd_registers(128)));
 
 }  // namespace fa

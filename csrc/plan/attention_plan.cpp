@@ -94,7 +94,8 @@ Plan bwd_tile_of(Arch arch, const Problem& p, const DeviceFacts& device) {
   plan.tile_n = tile.tile_n;
   plan.num_stages = tile.num_q_stages;
   plan.num_threads = bwd_num_threads(arch, tile);
-  plan.smem_bytes = bwd_smem_bytes(tile, built_size(p));
+  plan.smem_bytes = arch == Arch::kSm90 ? sm90_bwd_smem_bytes(tile, built_size(p))
+                                        : bwd_smem_bytes(tile, built_size(p));
   return plan;
 }
 
@@ -137,6 +138,13 @@ bool attention_refuses(Arch arch, const Problem& p, const DeviceFacts& device, R
     return got > limit && reason(what, "=", got, ": ", family, " takes at most ", limit);
   };
   const Plan tile = tile_of(arch, p, device);
+  if (p.family == Family::kBwd && arch == Arch::kSm90) {
+    // Twice as fast as SM80's on an SM; that one's CTAs share the query heads of a KV head.
+    const int64_t tiles_k = num_tiles_k(p, tile.tile_n) * p.num_heads_kv;
+    if (p.num_heads_q > p.num_heads_kv && tiles_k * 2 < device.num_sms)
+      return reason("tiles_k=", tiles_k, ": its bwd leaves more than half of the ", device.num_sms,
+                    " SMs idle");
+  }
   const int64_t batch_size = p.batch_size;
   if (!p.varlen && (at_most("total_q", batch_size * p.seqlen_q, kMaxInt) ||
                     at_most("total_k", batch_size * p.seqlen_k, kMaxInt)))

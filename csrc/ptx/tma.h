@@ -1,7 +1,9 @@
-// The tensor memory accelerator: one thread starts the copy of a whole box of a tensor.
+// The tensor memory accelerator: one thread starts the copy of a whole box of a tensor, or adds a
+// run of floats to global memory.
 //
-// PTX ISA, "Data Movement and Conversion Instructions: cp.async.bulk.tensor, prefetch.tensormap,
-// fence.proxy.async". `map` points to a CUtensorMap in the kernel's parameters (__grid_constant__).
+// PTX ISA, "Data Movement and Conversion Instructions: cp.async.bulk.tensor, cp.reduce.async.bulk,
+// prefetch.tensormap, fence.proxy.async". `map` points to a CUtensorMap in the kernel's parameters
+// (__grid_constant__).
 #pragma once
 #include <cstdint>
 
@@ -33,6 +35,28 @@ FA_DEVICE void cp_async_bulk_tensor_4d(uint32_t smem, const void* map, BoxOrigin
       "l"(map), "r"(at.column), "r"(at.row), "r"(at.head), "r"(at.batch), "r"(barrier),
       "l"(l2_policy)
       : "memory");
+}
+
+// Adds `bytes` of floats in shared memory to those at dst, in L2, as part of this thread's group.
+// Preconditions: both addresses and bytes are multiples of 16.
+FA_DEVICE void cp_reduce_async_bulk_add_f32(float* dst, uint32_t smem, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst),
+      "r"(smem), "r"(bytes)
+      : "memory");
+}
+FA_DEVICE void cp_async_bulk_commit_group() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Waits until at most kPending of this thread's groups still read shared memory.
+template <int kPending>
+FA_DEVICE void cp_async_bulk_wait_group_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// Waits until at most kPending of this thread's groups are not complete.
+template <int kPending>
+FA_DEVICE void cp_async_bulk_wait_group() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Orders this thread's accesses to shared memory before accesses by TMA and wgmma that are issued

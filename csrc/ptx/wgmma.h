@@ -69,7 +69,8 @@ FA_DEVICE void wgmma_fence_operand(float (&d)[kN][4]) {
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define FA_ACCUM(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define FA_ACCUM_32 \
-  FA_ACCUM(0), FA_ACCUM(1), FA_ACCUM(2), FA_ACCUM(3), FA_ACCUM(4), FA_ACCUM(5), FA_ACCUM(6), FA_ACCUM(7)
+  FA_ACCUM(0), FA_ACCUM(1), FA_ACCUM(2), FA_ACCUM(3), \
+  FA_ACCUM(4), FA_ACCUM(5), FA_ACCUM(6), FA_ACCUM(7)
 #define FA_ACCUM_40 \
   FA_ACCUM_32, \
   FA_ACCUM(8), FA_ACCUM(9)
@@ -84,10 +85,12 @@ FA_DEVICE void wgmma_fence_operand(float (&d)[kN][4]) {
   FA_ACCUM(14), FA_ACCUM(15)
 #define FA_ACCUM_96 \
   FA_ACCUM_64, \
-  FA_ACCUM(16), FA_ACCUM(17), FA_ACCUM(18), FA_ACCUM(19), FA_ACCUM(20), FA_ACCUM(21), FA_ACCUM(22), FA_ACCUM(23)
+  FA_ACCUM(16), FA_ACCUM(17), FA_ACCUM(18), FA_ACCUM(19), \
+  FA_ACCUM(20), FA_ACCUM(21), FA_ACCUM(22), FA_ACCUM(23)
 #define FA_ACCUM_128 \
   FA_ACCUM_96, \
-  FA_ACCUM(24), FA_ACCUM(25), FA_ACCUM(26), FA_ACCUM(27), FA_ACCUM(28), FA_ACCUM(29), FA_ACCUM(30), FA_ACCUM(31)
+  FA_ACCUM(24), FA_ACCUM(25), FA_ACCUM(26), FA_ACCUM(27), \
+  FA_ACCUM(28), FA_ACCUM(29), FA_ACCUM(30), FA_ACCUM(31)
 // clang-format on
 
 // One product for each n. a, b, p: numbers of the operands behind d's registers.
@@ -105,6 +108,24 @@ FA_DEVICE void wgmma_fence_operand(float (&d)[kN][4]) {
       "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", p, 1, 1, 1;\n}"                 \
       : FA_ACCUM_##count                                                           \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc))
+
+// The same where k runs along the rows of a and b in shared memory, and where b of a product with a
+// in registers has consecutive k.
+#define FA_WGMMA_SS_MN(n, count, types, a, b, p)                                            \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p                                        \
+               ", 0;\n"                                                                     \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." types " {" FA_REGS_##count \
+               "}, " a ", " b ", p, 1, 1, 1, 1;\n}"                                         \
+               : FA_ACCUM_##count                                                           \
+               : "l"(a_desc), "l"(b_desc), "r"(static_cast<int>(accumulate)))
+#define FA_WGMMA_RS_K(n, count, types, a0, a1, a2, a3, b, p)                                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p                                        \
+               ", 0;\n"                                                                     \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." types " {" FA_REGS_##count \
+               "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", p, 1, 1, 0;\n}"                 \
+               : FA_ACCUM_##count                                                           \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc),                   \
+                 "r"(static_cast<int>(accumulate)))
 
 // Expands `product(n, count, types, first operand numbers)` for each element type and n = 8 kN.
 #define FA_WGMMA_OF_TYPE(product, n, count, ...) \
@@ -152,7 +173,41 @@ FA_DEVICE void wgmma_m64k16_rs(float (&d)[kN][4], const uint32_t (&a)[4], uint64
   }
 }
 
+// Of the backward: wgmma_fence_operand() without loops, which the compiler leaves rolled in places,
+// with d in local memory.
+template <int kN>
+FA_DEVICE void wgmma_pin(float (&d)[kN][4]) {
+  static_assert(kN == 8 || kN == 12 || kN == 16, "write the operand list of this n");
+  if constexpr (kN == 8) asm volatile("" : FA_ACCUM_32::"memory");
+  if constexpr (kN == 12) asm volatile("" : FA_ACCUM_48::"memory");
+  if constexpr (kN == 16) asm volatile("" : FA_ACCUM_64::"memory");
+}
+
+// Of the backward: a [k, 64] and b [k, n] from shared memory, rows of consecutive columns.
+template <class T, int kN>
+FA_DEVICE void wgmma_m64k16_ss_mn(float (&d)[kN][4], uint64_t a_desc, uint64_t b_desc,
+                                  bool accumulate) {
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  if constexpr (kN == 8) {
+    FA_WGMMA_OF_TYPE(FA_WGMMA_SS_MN, 64, 32, "%32", "%33", "%34")
+  } else {
+    static_assert(kN == 12, "write the operand list of this n");
+    FA_WGMMA_OF_TYPE(FA_WGMMA_SS_MN, 96, 48, "%48", "%49", "%50")
+  }
+}
+
+// Of the backward: a from registers, b [n, k] from shared memory, with consecutive k.
+template <class T, int kN>
+FA_DEVICE void wgmma_m64k16_rs_k(float (&d)[kN][4], const uint32_t (&a)[4], uint64_t b_desc,
+                                 bool accumulate) {
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  static_assert(kN == 8, "write the operand list of this n");
+  FA_WGMMA_OF_TYPE(FA_WGMMA_RS_K, 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
+}
+
 #undef FA_WGMMA_OF_TYPE
+#undef FA_WGMMA_RS_K
+#undef FA_WGMMA_SS_MN
 #undef FA_WGMMA_RS
 #undef FA_WGMMA_SS
 #undef FA_ACCUM_128

@@ -216,7 +216,10 @@ void test_tile_configs() {
   CHECK(fwd_smem_bytes({128, 16, 1, 1, 8, true}, 128, 128) == 2 * 128 * 128, "Q passes through");
   CHECK(fwd_accum_regs(full, 128) == 104, "64 x (80 + 128) / 128");
   CHECK(bwd_smem_bytes(bwd_tile_config(Arch::kSm90, 128, MaskKind::kFull), 128) == 229376,
-        "hand-computed: 64 KB + 80 KB + 40 KB + 40 KB");
+        "hand-computed: 64 KB + 96 KB + 32 KB + 32 KB");
+  CHECK(sm90_bwd_smem_bytes(bwd_tile_config(Arch::kSm90, 96, MaskKind::kFull), 96) ==
+            64 * 1024 + 96 * 1024 + 32 * 1024 + 24 * 1024 + 1536 + 512,
+        "rows of 256 bytes, dQ of 96 columns");
 }
 
 void test_built_head_dim() {

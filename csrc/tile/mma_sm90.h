@@ -29,6 +29,28 @@ FA_DEVICE void warpgroup_gemm_ab(AccumTile<1, kN>& acc, const AFragments<1, kK>&
     ptx::wgmma_m64k16_rs<T>(acc.x[0], a.x[0][k], b_desc + k * TileB::kMnMajorStep);
 }
 
+// acc = A B^T; a: [64, 16 kK] in registers, b: [8 kN, 16 kK].
+template <class T, int kK, int kN, class TileB>
+FA_DEVICE void warpgroup_gemm_abt(AccumTile<1, kN>& acc, const AFragments<1, kK>& a, TileB b) {
+  static_assert(TileB::kRows == 8 * kN && TileB::kCols == 16 * kK);
+  const uint64_t b_desc = b.k_major();
+  FA_UNROLL
+  for (int k = 0; k < kK; ++k)
+    ptx::wgmma_m64k16_rs_k<T>(acc.x[0], a.x[0][k], b_desc + TileB::k_major_step(k), k > 0);
+}
+
+// acc = A^T B, or acc += A^T B; a: [k, 64], b: [k, 8 kN].
+template <class T, int kN, class TileA, class TileB>
+FA_DEVICE void warpgroup_gemm_atb(AccumTile<1, kN>& acc, TileA a, TileB b, bool accumulate) {
+  static_assert(TileA::kCols == 64 && TileB::kCols == 8 * kN && TileA::kRows == TileB::kRows);
+  const uint64_t a_desc = a.mn_major(), b_desc = b.mn_major();
+  FA_UNROLL
+  for (int k = 0; k < TileA::kRows / 16; ++k) {
+    ptx::wgmma_m64k16_ss_mn<T>(acc.x[0], a_desc + k * TileA::kMnMajorStep,
+                               b_desc + k * TileB::kMnMajorStep, accumulate || k > 0);
+  }
+}
+
 // Lane c of each quad gets word c of its four lanes, in their order: x[i] becomes x[c] of lane i.
 FA_DEVICE void transpose_in_quad(uint32_t (&x)[4], int lane) {
   const bool odd = lane & 1, upper = lane & 2;

@@ -21,11 +21,11 @@ struct Pipeline {
   static FA_DEVICE Pipeline producer(uint32_t barriers) { return {barriers, 0, 1}; }
   static FA_DEVICE Pipeline consumer(uint32_t barriers) { return {barriers, 0, 0}; }
 
-  // num_releases: arrivals that empty a buffer. One thread calls it.
-  static FA_DEVICE void init(uint32_t barriers, int num_releases) {
+  // num_releases: arrivals that empty a buffer; num_fills: that fill one. One thread calls it.
+  static FA_DEVICE void init(uint32_t barriers, int num_releases, int num_fills = 1) {
     FA_UNROLL
     for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(barriers + 8 * i, 1);
+      ptx::mbarrier_init(barriers + 8 * i, num_fills);
       ptx::mbarrier_init(barriers + 8 * (kStages + i), num_releases);
     }
   }

@@ -1,9 +1,9 @@
 // SwizzledTile: kRows x kCols 16-bit elements in shared memory as TMA writes and wgmma reads them.
 //
 // Columns are cut into slabs of 64: [kSlabs][kRows][64], the 128 bytes of a row swizzled
-// (core/swizzle.h), one slab behind the other, the last one maybe with columns beyond kCols. wgmma finds a tile by a descriptor: address and two
-// distances in units of 16 bytes, and the swizzle. PTX ISA, "Matrix Descriptor Format" and
-// "Shared Memory Matrix Layout".
+// (core/swizzle.h), one slab behind the other, the last one maybe with columns beyond kCols. wgmma
+// finds a tile by a descriptor: address and two distances in units of 16 bytes, and the swizzle.
+// PTX ISA, "Matrix Descriptor Format" and "Shared Memory Matrix Layout".
 #pragma once
 #include <cstdint>
 

@@ -12,6 +12,7 @@ ALL = ["sm80", "sm89", "sm90"]
 ROW_FAMILIES = ("combine", "bwd_preprocess", "rotary", "append_kv")
 ATTENTION = ("fwd", "bwd")
 BUILT = (64, 96, 128, 192, 256)
+SM90_BWD = (64, 96, 128)
 DEVICES = {
     "a100": (8, 0, 108, 163),
     "rtx3090": (8, 6, 82, 99),
@@ -78,6 +79,7 @@ def test_instances_of_this_version(introspect: ModuleType) -> None:
         *itertools.product(("sm80", "sm90"), ROW_FAMILIES, row_types, (0,)),
         *itertools.product(("sm80",), ATTENTION, ("fp16", "bf16"), BUILT),
         *itertools.product(("sm90",), ("fwd",), ("fp16", "bf16"), BUILT),
+        *itertools.product(("sm90",), ("bwd",), ("fp16", "bf16"), SM90_BWD),
     }
     found = {(row["arch"], row["family"], row["dtype"], row["head_dim"]) for row in rows}
     assert found == expected
@@ -115,7 +117,7 @@ ROWS = "combine, bwd_preprocess, rotary, append_kv"
 def test_decode_has_no_kernel(introspect: ModuleType) -> None:
     sm80 = f"sm80: it has no decode kernel, only fwd, bwd, {ROWS}"
     assert reasons(introspect, problem("decode"), "a100") == [sm80]
-    sm90 = f"sm90: it has no decode kernel, only fwd, {ROWS}"
+    sm90 = f"sm90: it has no decode kernel, only fwd, bwd, {ROWS}"
     assert reasons(introspect, problem("decode"), "h100") == [sm90, sm80]
 
 
@@ -206,6 +208,43 @@ def test_what_sm90_fwd_leaves_to_sm80(introspect: ModuleType) -> None:
     plan = introspect.make_plan(problem("fwd", dmask=True), "h100", ALL)
     assert plan["kernel"] == "sm80_fwd_hdim128_bf16"
     assert plan["reasons"] == ["sm90: dmask: its fwd writes no dropout mask"]
+
+
+@pytest.mark.parametrize("head_dim", SM90_BWD)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_sm90_bwd(introspect: ModuleType, dtype: str, head_dim: int) -> None:
+    """All options; a CTA for each tile of keys, as on SM80; dQ of whole tiles of 64 rows."""
+    tile = introspect.bwd_tile_config("sm90", head_dim, False)
+    assert (tile["tile_m"], tile["tile_n"], tile["num_threads"]) == (64, 128, 512)
+    padding = 2 * 256 * (-head_dim % 64) + 2 * tile["num_q_stages"] * 128 * (-head_dim % 64)
+    sizes = {"dtype": dtype, "head_dim": head_dim - 8, "head_dim_v": head_dim, "seqlen_q": 1000}
+    options = {"softcap": True, "alibi": True, "dropout": True, "positive_scale": False}
+    for fields in ({}, {"window_right": 0}, {"window_left": 64}, {"deterministic": True}, options):
+        plan = introspect.make_plan(problem("bwd", **sizes, **fields), "h100", ALL)
+        assert plan["kernel"] == f"sm90_bwd_hdim{head_dim}_{dtype}"
+        assert (plan["library"], plan["tiles"], plan["reasons"]) == ("_sm90", "sm90", [])
+        assert plan["tile"] == (64, 128)
+        statistics = 8 * 64 * tile["num_q_stages"]
+        assert plan["smem_bytes"] == tile["smem_bytes"] + padding + statistics + 512 <= 227 * 1024
+        assert (plan["num_ctas"], plan["head_splits"]) == (1 * 4 * 2, 1)
+        counters = 16 * 2 * 4 * 4 if fields.get("deterministic") else 0
+        assert plan["workspace_bytes"] == 2 * 1024 * 4 * head_dim * 4 + counters
+
+
+def test_what_sm90_bwd_leaves_to_sm80(introspect: ModuleType) -> None:
+    for head_dim in (192, 256):
+        fields = problem("bwd", head_dim=head_dim, head_dim_v=64)
+        plan = introspect.make_plan(fields, "h100", ALL)
+        assert plan["kernel"] == f"sm80_bwd_hdim{head_dim}_bf16"
+        assert plan["reasons"] == [f"sm90: head_dim={head_dim}: bwd is built for 64, 96, 128"]
+    grouped = {"num_heads_q": 32, "num_heads_kv": 4, "batch_size": 1, "seqlen_q": 2048}
+    plan = introspect.make_plan(problem("bwd", **{**grouped, "seqlen_k": 2048}), "h100", ALL)
+    assert (plan["kernel"], plan["head_splits"]) == ("sm80_bwd_hdim128_bf16", 8)
+    assert plan["reasons"] == [
+        "sm90: tiles_k=64: its bwd leaves more than half of the 132 SMs idle"
+    ]
+    plan = introspect.make_plan(problem("bwd", **{**grouped, "seqlen_k": 2200}), "h100", ALL)
+    assert plan["kernel"] == "sm90_bwd_hdim128_bf16"
 
 
 @pytest.mark.parametrize("family", ATTENTION)

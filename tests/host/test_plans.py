@@ -378,6 +378,7 @@ def test_bad_arguments(
         explain(*args, **options)
 
 
+NOT_SM90 = {"fwd": ("S_dmask",), "bwd": ("head_dim 256", "head_dim_v != head_dim")}
 ARCHS = ["sm80", "sm86", "sm89", "sm90", "sm100", "sm120"]
 
 
@@ -394,7 +395,7 @@ def test_support_table(with_introspect: ModuleType) -> None:
         ):
             assert found == ["PyTorch"] * 6, row
         else:
-            own = row["family"] != "bwd" and row["feature"] != "S_dmask"
+            own = row["feature"] not in NOT_SM90.get(row["family"], ())
             assert found == ["_sm90" if own and a == "sm90" else "_sm80" for a in ARCHS], row
 
 

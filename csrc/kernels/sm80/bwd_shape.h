@@ -57,7 +57,8 @@ struct BwdShape {
   static constexpr int kStatistics = kScores + 2 * ScoreTile::kBytes;
   static constexpr int kStatisticBytes = kTileM * static_cast<int>(sizeof(float));  // LSE or delta
   static constexpr int kSmemBytes = kStatistics + 2 * 2 * kStatisticBytes;
-  static_assert(kSmemBytes == bwd_smem_bytes(kTile, kHeadDim) + bwd_statistics_bytes(kTile));
+  static_assert(kSmemBytes ==
+                bwd_smem_bytes(kTile, kHeadDim) + bwd_statistics_bytes(Arch::kSm80, kTile));
   static_assert(kCtasPerSm * (kSmemBytes + 1024) <= max_smem_bytes(kTiles) + 1024 ||
                 kTiles != Arch::kSm90);  // 1 KB: CUDA's own
 };

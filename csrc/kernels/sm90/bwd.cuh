@@ -1,0 +1,503 @@
+// FlashAttention backward for Hopper: TMA copies, wgmma products, dQ by a warpgroup of its own.
+//
+// A CTA keeps 128 keys of one KV head and streams tiles of 64 queries, Q and dO, of the query heads
+// that read it, so that dK and dV are complete in one place. Four warpgroups:
+//   producer      one thread starts all copies, a warp brings LSE and delta   bwd_producer.h
+//   2 consumers   64 keys each, along the rows, so that P^T and dS^T are operands as they are:
+//                   S^T = K Q^T;    P = exp(S - lse);             dV += P^T dO
+//                   dP^T = V dO^T;  dS = P (dP - delta) -> smem;  dK += dS^T Q
+//   dQ            dQ = dS K, added up in fp32 in global memory                bwd_dq.h
+// No consumer waits for the other's dS, so one computes while the other multiplies.
+// Memory, order of the products: bwd_layout.h. Barriers: a Pipeline each for K, V, Q with the
+// statistics, dO, and each consumer's dS.
+// Rows past the end of a sequence may hold anything, also NaN: scores are masked, and the rows
+// overwritten with zeros in shared memory.
+// delta comes from bwd_preprocess, bwd_postprocess rounds dQ. Tiles: core/tile_config.h. Numbers:
+// docs/performance/sm90_backward.md. Algorithm: FlashAttention-2, arXiv:2307.08691, algorithm 2.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <climits>
+
+#include "attention/bwd_scores.h"
+#include "kernels/launch.h"
+#include "kernels/sm90/bwd_dq.h"
+#include "kernels/sm90/bwd_layout.h"
+#include "kernels/sm90/bwd_postprocess.cuh"
+#include "kernels/sm90/bwd_producer.h"
+#include "kernels/tensor_map.h"
+#include "ptx/barrier.h"
+#include "ptx/global_memory.h"
+#include "ptx/ldmatrix.h"
+#include "ptx/shared_memory.h"
+#include "ptx/stmatrix.h"
+#include "ptx/warpgroup.h"
+
+namespace fa {
+
+// A consumer warpgroup's computation: the stages of the loop as functions, and what they share.
+template <class T, int kHeadDim, bool kScoreMod>
+struct BwdConsumer {
+  using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
+  static constexpr int kTileM = Layout::kTileM;
+  static constexpr int kFirstOwnBarrier = 1, kFirstTurnBarrier = 3;     // named barriers
+  using Scores = AccumTile<1, kTileM / 8>;                              // S^T or dP^T
+  using Operand = AFragments<1, kTileM / 16>;                           // P^T or dS^T
+  using Gradient = AccumTile<1, kHeadDim / 8>;                          // dK or dV
+  using Kept = AFragments<1, Layout::kKeptInRegs ? kHeadDim / 16 : 1>;  // K or V
+  struct Statistics {         // -LSE or delta of this lane's queries
+    float2 pair[kTileM / 8];  // of column n of the scores
+  };
+
+  const BwdParams& p;
+  const BwdLaunch& launch;
+  uint32_t smem;
+  int consumer, lane;
+  int warp_row;  // first key of this warp in the consumer's 64
+  typename Layout::KeptPipeline k, v;
+  typename Layout::StreamPipeline q, dout;
+  typename Layout::ScoresPipeline scores;
+
+  FA_DEVICE BwdConsumer(const BwdParams& params, const BwdLaunch& bwd_launch, uint32_t smem_base,
+                        int consumer_index)
+      : p(params),
+        launch(bwd_launch),
+        smem(smem_base),
+        consumer(consumer_index),
+        lane(threadIdx.x % kWarpSize),
+        warp_row(threadIdx.x / kWarpSize % 4 * 16),
+        k(Layout::KeptPipeline::consumer(smem_base + Layout::kKBarriers)),
+        v(Layout::KeptPipeline::consumer(smem_base + Layout::kVBarriers)),
+        q(Layout::StreamPipeline::consumer(smem_base + Layout::kQBarriers)),
+        dout(Layout::StreamPipeline::consumer(smem_base + Layout::kDoutBarriers)),
+        scores(
+            Layout::ScoresPipeline::producer(Layout::scores_barriers(smem_base, consumer_index))) {}
+
+  FA_DEVICE void run() {
+    if (Layout::kTakesTurns && consumer == 1) pass_turn_to(0);
+#pragma unroll 1
+    for (int i = blockIdx.x; i < launch.num_tiles; i += gridDim.x) {
+      const BwdTile tile = bwd_tile(p, launch, i);
+      if (tile.num_steps == 0) {
+        clear_gradients(tile);
+      } else {
+        compute(tile);
+      }
+    }
+  }
+
+  // Everything about one tile of keys.
+  FA_DEVICE void compute(const BwdTile& tile) {
+    Gradient acc_dk, acc_dv;
+    acc_dk.clear();
+    acc_dv.clear();
+    Scores acc_s;
+    BwdStep step = BwdStep::first(p, tile);
+    k.wait_full();
+    clear_kept_behind(tile, smem_k());
+    const Kept kept_k = load_kept(smem_k());
+    wait_for_q(q, tile, step);
+    issue_scores(acc_s, kept_k, smem_k(), Layout::smem_q(smem, q.stage));
+    Statistics minus_lse = load_statistics(Layout::statistics(smem, q.stage));
+    v.wait_full();
+    clear_kept_behind(tile, smem_v());
+    const Kept kept_v = load_kept(smem_v());
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_pin(acc_s.x[0]);
+#pragma unroll 1
+    for (int steps_left = tile.num_steps - 1; steps_left >= 0; --steps_left) {
+      // S of this step is complete.
+      Scores acc_dp;
+      if (Layout::kHasRoom) issue_dp(acc_dp, kept_v, tile, step);
+      Operand probs, passed;  // of dV and of dS
+      if (Layout::kTakesTurns) wait_for_turn();
+      to_probs(acc_s, tile, step, minus_lse, probs, passed);
+      if (Layout::kTakesTurns) pass_turn_to(consumer ^ 1);
+      if (!Layout::kHasRoom) issue_dp(acc_dp, kept_v, tile, step);
+      accumulate(acc_dv, probs, Layout::smem_dout(smem, dout.stage));
+      const Statistics deltas =
+          load_statistics(Layout::statistics(smem, q.stage) + Layout::kStatisticBytes);
+      ptx::wgmma_wait_group<Layout::kHasRoom ? 1 : 0>();  // dP is complete
+      ptx::wgmma_pin(acc_dp.x[0]);
+      if (!Layout::kHasRoom) release_dout(acc_dv);
+      if (steps_left == 0) release_by_warp(v, lane);
+      Operand dscores;
+      to_dscores(dscores, kScoreMod ? passed : probs, acc_dp, deltas);
+      store_dscores(dscores);
+
+      // The next S goes ahead of dK. Behind the last step it is that of some old tile: a branch
+      // around the products would cost more.
+      auto next = q;
+      next.advance();
+      if (steps_left > 0) {
+        step.advance(tile.blocks);
+        wait_for_q(next, tile, step);
+      }
+      issue_scores(acc_s, kept_k, smem_k(), Layout::smem_q(smem, next.stage));
+      accumulate(acc_dk, dscores, Layout::smem_q(smem, q.stage));
+      hand_over_dscores();
+      minus_lse = load_statistics(Layout::statistics(smem, next.stage));
+      if (Layout::kHasRoom) {
+        ptx::wgmma_wait_group<2>();  // dV is complete
+        release_dout(acc_dv);
+      }
+      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_pin(acc_s.x[0]);
+      ptx::wgmma_pin(acc_dk.x[0]);
+      release_by_warp(q, lane);
+      q = next;
+    }
+    release_by_warp(k, lane);
+    k.advance();
+    v.advance();
+    store(acc_dv, tile, p.dv, p.dv_strides, p.head_dim_v,
+          kScoreMod ? 256.f / p.score.keep_threshold : 1.f);
+    store(acc_dk, tile, p.dk, p.dk_strides, p.head_dim, p.score.softmax_scale);
+  }
+
+  FA_DEVICE typename Layout::TileKept smem_k() const { return Layout::smem_k(smem, consumer); }
+  FA_DEVICE typename Layout::TileKept smem_v() const { return Layout::smem_v(smem, consumer); }
+
+  FA_DEVICE void wait_for_q(const typename Layout::StreamPipeline& queries, const BwdTile& tile,
+                            BwdStep step) const {
+    queries.wait_full();
+    clear_stream_behind(tile, step, Layout::smem_q(smem, queries.stage));
+  }
+  FA_DEVICE void issue_dp(Scores& acc, const Kept& kept, const BwdTile& tile, BwdStep step) const {
+    dout.wait_full();
+    clear_stream_behind(tile, step, Layout::smem_dout(smem, dout.stage));
+    issue_scores(acc, kept, smem_v(), Layout::smem_dout(smem, dout.stage));
+  }
+  FA_DEVICE void release_dout(Gradient& acc_dv) {
+    ptx::wgmma_pin(acc_dv.x[0]);
+    release_by_warp(dout, lane);
+    dout.advance();
+  }
+  // Exponentials of one consumer at a time.
+  FA_DEVICE void wait_for_turn() const {
+    ptx::bar_sync(kFirstTurnBarrier + consumer, 2 * kWarpgroupSize);
+  }
+  FA_DEVICE void pass_turn_to(int other) const {
+    ptx::bar_arrive(kFirstTurnBarrier + other, 2 * kWarpgroupSize);
+  }
+
+  // S^T = K Q^T or dP^T = V dO^T, as a group.
+  template <class TileKept, class TileStream>
+  FA_DEVICE void issue_scores(Scores& acc, const Kept& kept, TileKept rows,
+                              TileStream stream) const {
+    ptx::wgmma_pin(acc.x[0]);
+    ptx::wgmma_fence();
+    if constexpr (Layout::kKeptInRegs) {
+      warpgroup_gemm_abt<T>(acc, kept, stream);
+    } else {
+      warpgroup_gemm_abt<T>(acc, rows, stream);
+    }
+    ptx::wgmma_commit_group();
+  }
+  // dV += P^T dO or dK += dS^T Q, as a group.
+  FA_DEVICE void accumulate(Gradient& acc, const Operand& operand,
+                            typename Layout::TileStream stream) const {
+    ptx::wgmma_pin(acc.x[0]);
+    ptx::wgmma_fence();
+    warpgroup_gemm_ab<T>(acc, operand, stream);
+    ptx::wgmma_commit_group();
+  }
+
+  FA_DEVICE Kept load_kept(typename Layout::TileKept rows) const {
+    Kept kept{};
+    if constexpr (Layout::kKeptInRegs) {
+      FA_UNROLL
+      for (int i = 0; i < kHeadDim / 16; ++i)
+        ptx::ldmatrix_x4(kept.x[0][i], rows.chunk_address(warp_row + lane % 16, 2 * i + lane / 16));
+    }
+    return kept;
+  }
+
+  // Called ahead of the wait for a product: shared memory answers late while products read it.
+  FA_DEVICE Statistics load_statistics(uint32_t from) const {
+    Statistics s;
+    FA_UNROLL
+    for (int n = 0; n < kTileM / 8; ++n)
+      s.pair[n] = ptx::ld_shared_v2_f32(from + (n * 8 + lane % 4 * 2) * sizeof(float));
+    return s;
+  }
+
+  // Scores become P. passed: what dS needs of it if there are score modifications.
+  FA_DEVICE void to_probs(Scores acc, const BwdTile& tile, BwdStep step,
+                          const Statistics& minus_lse, Operand& probs, Operand& passed) const {
+    const TransposedOrigin origin{first_key(tile), step.m_block * kTileM};
+    const bool border =
+        step.m_block < tile.blocks.full_begin || step.m_block >= tile.blocks.full_end;
+    if constexpr (kScoreMod) {
+      const TransposedScoreMod mod{
+          ScoreMod::of(p.score, tile.mask, tile.batch, step.head, p.num_heads_q)};
+      mod.score(acc, origin, lane);
+      if (border) apply_mask(acc, tile.mask, origin, lane);
+      FA_UNROLL
+      for (int k = 0; k < kTileM / 16; ++k)
+        modify_part(acc, mod, origin, k, minus_lse, probs, passed);
+    } else {
+      if (border) apply_mask(acc, tile.mask, origin, lane);
+      to_weights(acc, launch.scale_log2, minus_lse, 0);
+      probs = as_a_operand<T>(acc);
+    }
+  }
+  // Scores become exp(score - lse).
+  template <int kN>
+  FA_DEVICE void to_weights(AccumTile<1, kN>& acc, float scale_log2, const Statistics& minus_lse,
+                            int first_column) const {
+    FA_UNROLL
+    for (int n = 0; n < kN; ++n) {
+      const float2 pair = minus_lse.pair[first_column + n];
+      FA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        float& x = acc.x[0][n][i];
+        x = ptx::ex2_approx_ftz(fmaf(x, scale_log2, i % 2 == 0 ? pair.x : pair.y));
+      }
+    }
+  }
+  // Queries [16 k, 16 k + 16) with softcap, ALiBi and dropout. passed is P (1 - tanh^2), with the
+  // sign of minus where dropped: it is never negative otherwise.
+  FA_DEVICE void modify_part(const Scores& acc, const TransposedScoreMod& mod,
+                             TransposedOrigin origin, int k, const Statistics& minus_lse,
+                             Operand& probs, Operand& passed) const {
+    origin.first_query += 16 * k;
+    AccumTile<1, 2> scores;
+    FA_UNROLL
+    for (int i = 0; i < 8; ++i) scores.x[0][i / 4][i % 4] = acc.x[0][2 * k + i / 4][i % 4];
+    AccumTile<1, 2> weights = scores;
+    to_weights(weights, mod.unit(), minus_lse, 2 * k);
+    AccumTile<1, 2> others = weights;
+    if (mod.mod.outer_scale != 0.f) mod.multiply_by_derivative(others, scores, origin, lane);
+    if (p.score.keep_threshold < 256) {
+      mod.for_each_kept(weights, origin, lane, [&](int m, int n, int i, bool kept) {
+        weights.x[m][n][i] = kept ? weights.x[m][n][i] : 0.f;
+        others.x[m][n][i] = kept ? others.x[m][n][i] : -others.x[m][n][i];
+      });
+    }
+    const AFragments<1, 1> w = as_a_operand<T>(weights), o = as_a_operand<T>(others);
+    FA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      probs.x[0][k][i] = w.x[0][0][i];
+      passed.x[0][k][i] = o.x[0][0][i];
+    }
+  }
+
+  FA_DEVICE void to_dscores(Operand& dscores, Operand& probs, Scores& dp,
+                            const Statistics& deltas) const {
+    if (kScoreMod && p.score.keep_threshold < 256)
+      drop_gradient(dp, probs, 256.f / p.score.keep_threshold);
+    FA_UNROLL
+    for (int n = 0; n < kTileM / 8; ++n) {
+      const float2 delta = deltas.pair[n];
+      FA_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const float2 prob = unpack<T>(probs.x[0][n / 2][n % 2 * 2 + h]);
+        dscores.x[0][n / 2][n % 2 * 2 + h] = pack<T>(prob.x * (dp.x[0][n][2 * h] - delta.x),
+                                                     prob.y * (dp.x[0][n][2 * h + 1] - delta.y));
+      }
+    }
+  }
+  // dP of what dropout keeps times `factor`, of what it drops 0. The sign of P says which, and
+  // leaves it: even a dropped P of 0 has one.
+  static FA_DEVICE void drop_gradient(Scores& dp, Operand& probs, float factor) {
+    FA_UNROLL
+    for (int n = 0; n < kTileM / 8; ++n) {
+      FA_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        uint32_t& pair = probs.x[0][n / 2][n % 2 * 2 + h];
+        float& low = dp.x[0][n][2 * h];
+        float& high = dp.x[0][n][2 * h + 1];
+        low = pair & 0x8000u ? 0.f : low * factor;
+        high = pair & 0x80000000u ? 0.f : high * factor;
+        pair &= 0x7FFF7FFFu;
+      }
+    }
+  }
+
+  // dS to shared memory, and, once that has happened, word of it to the dQ warpgroup.
+  FA_DEVICE void store_dscores(const Operand& dscores) const {
+    scores.wait_empty();
+    const uint32_t at = Layout::smem_scores(smem, consumer, scores.stage)
+                            .chunk_address(warp_row + lane % 16, lane / 16);
+    FA_UNROLL
+    for (int i = 0; i < kTileM / 16; ++i) ptx::stmatrix_x4(at ^ (i * 32), dscores.x[0][i]);
+  }
+  FA_DEVICE void hand_over_dscores() {
+    ptx::fence_proxy_async();
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(scores.full());
+    scores.advance();
+  }
+
+  // Rows of a tile past the sequence become 0, as their weights are: 0 * NaN would be NaN. Without
+  // lengths on the device they lie outside the tensor, and TMA has written zeros. Every consumer
+  // clears what it reads.
+  template <class Tile>
+  FA_DEVICE void clear_rows_behind(Tile rows, int num_rows) const {
+    constexpr int kChunks = kHeadDim / 8;
+#pragma unroll 1
+    for (int i = max(num_rows, 0) * kChunks + static_cast<int>(threadIdx.x % kWarpgroupSize);
+         i < Tile::kRows * kChunks; i += kWarpgroupSize)
+      ptx::st_shared_v4(rows.chunk_address(i / kChunks, i % kChunks), uint4{0, 0, 0, 0});
+    ptx::fence_proxy_async();
+    ptx::bar_sync(kFirstOwnBarrier + consumer, kWarpgroupSize);
+  }
+  FA_DEVICE void clear_kept_behind(const BwdTile& tile, typename Layout::TileKept rows) const {
+    const int num_rows =
+        tile.k_seq.seqlen - tile.n_block * Layout::kTileN - consumer * Layout::kKeys;
+    if (num_rows < Layout::kKeys && has_lengths(p.seqlens_k)) clear_rows_behind(rows, num_rows);
+  }
+  FA_DEVICE void clear_stream_behind(const BwdTile& tile, BwdStep step,
+                                     typename Layout::TileStream rows) const {
+    const int num_rows = tile.q_seq.seqlen - step.m_block * kTileM;
+    if (num_rows < kTileM && has_lengths(p.seqlens_q)) clear_rows_behind(rows, num_rows);
+  }
+  static FA_DEVICE bool has_lengths(const SeqlenArgs& seqlens) {
+    return seqlens.cu_seqlens != nullptr || seqlens.seqused != nullptr;
+  }
+
+  FA_DEVICE int first_key(const BwdTile& tile) const {
+    return tile.n_block * Layout::kTileN + consumer * Layout::kKeys + warp_row;
+  }
+
+  // dK or dV as 16-byte chunks, four of a row by the lanes of a quad.
+  FA_DEVICE void store(const Gradient& acc, const BwdTile& tile, void* tensor,
+                       const Strides& strides, int num_cols, float scale) const {
+    FA_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int key = first_key(tile) + r * 8 + lane / 4;
+      const bool exists = key < tile.k_seq.seqlen, stored = key < tile.k_seq.stored;
+      T* out = static_cast<T*>(tensor) + element_offset(strides.batch, strides.token, strides.head,
+                                                        tile.batch, tile.k_seq.first_row + key,
+                                                        tile.head_kv);
+      FA_UNROLL
+      for (int d = 0; d < kHeadDim / 8; d += 4) {
+        uint32_t pairs[4];
+        FA_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const float* x = &acc.x[0][d + i][r * 2];
+          pairs[i] = exists ? pack<T>(x[0] * scale, x[1] * scale) : 0u;
+        }
+        transpose_in_quad(pairs, lane);
+        const int chunk = d + lane % 4;
+        if (stored && chunk * 8 < num_cols)
+          ptx::st_global_v4(out + chunk * 8, uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
+      }
+    }
+  }
+
+  // dK = dV = 0 for keys that no query sees. The rest behind the last sequence may have more tiles
+  // than the grid, so a tile stands for every num_n_blocks-th.
+  FA_DEVICE void clear_gradients(const BwdTile& tile) const {
+    const int thread = consumer * kWarpgroupSize + threadIdx.x % kWarpgroupSize;
+    constexpr int kConsumerThreads = Layout::kConsumers * kWarpgroupSize;
+    for (int first = tile.n_block * Layout::kTileN; first < tile.k_seq.stored;
+         first += launch.order.grid.num_m_blocks * Layout::kTileN) {
+      const Range rows{first, min(first + Layout::kTileN, tile.k_seq.stored)};
+      const auto at = [&](void* tensor, const Strides& strides) {
+        return static_cast<T*>(tensor) + element_offset(strides.batch, strides.token, strides.head,
+                                                        tile.batch, tile.k_seq.first_row,
+                                                        tile.head_kv);
+      };
+      clear_rows<kConsumerThreads>(at(p.dk, p.dk_strides), p.dk_strides.token, rows, p.head_dim,
+                                   thread);
+      clear_rows<kConsumerThreads>(at(p.dv, p.dv_strides), p.dv_strides.token, rows, p.head_dim_v,
+                                   thread);
+    }
+  }
+};
+
+template <class T, int kHeadDim, bool kScoreMod>
+__global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1)
+    bwd_kernel(const __grid_constant__ BwdParams p, const __grid_constant__ BwdLaunch launch) {
+  using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
+  extern __shared__ __align__(1024) char smem[];
+  const uint32_t smem_base = ptx::cvta_to_shared(smem);
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensormap(&launch.q);
+    ptx::prefetch_tensormap(&launch.k);
+    ptx::prefetch_tensormap(&launch.v);
+    ptx::prefetch_tensormap(&launch.dout);
+    Layout::init_barriers(smem_base);
+  }
+  __syncthreads();  // the barriers are initialised
+  const int warpgroup = ptx::warpgroup_index();
+  const int lane = threadIdx.x % kWarpSize;
+  if (warpgroup == 0) {
+    ptx::setmaxnreg_dec<Layout::kRegisters.producer>();
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
+    if (threadIdx.x == 0) BwdProducer<T, kHeadDim, kScoreMod>(p, launch, smem_base).run();
+    if (warp == 1) BwdStatistics<T, kHeadDim, kScoreMod>{p, launch, smem_base, lane}.run();
+  } else if (warpgroup == 1) {
+    ptx::setmaxnreg_dec<Layout::kRegisters.dq>();
+    BwdDq<T, kHeadDim, kScoreMod>(p, launch, smem_base).run();
+  } else {
+    ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
+    BwdConsumer<T, kHeadDim, kScoreMod>(p, launch, smem_base, warpgroup - 2).run();
+  }
+}
+
+// KV heads whose Q, dO and dQ fill a share of the L2 cache run at the same time. H100 (50 MB): 4, 8
+// and 16 MB are equal, 32 MB is 6 % slower at 2k; deterministic 128 MB is 10 % slower at 8k.
+constexpr int64_t kBwdL2GroupBytes = 16 << 20;
+
+// Rows of a side as TMA sees them: varlen tensors are one batch entry.
+inline HeadTensor bwd_head_tensor(const void* data, const Strides& strides,
+                                  const SeqlenArgs& seqlens, int total, int batch_size) {
+  const bool varlen = seqlens.cu_seqlens != nullptr;
+  return {data, strides, varlen ? 1 : batch_size, varlen ? total : seqlens.max_seqlen, 0, 0};
+}
+
+inline cudaError_t encode_bwd_tensor_maps(const BwdParams& p, int keys, BwdLaunch& launch) {
+  HeadTensor q = bwd_head_tensor(p.q, p.q_strides, p.seqlens_q, p.total_q, p.batch_size);
+  HeadTensor dout = bwd_head_tensor(p.dout, p.dout_strides, p.seqlens_q, p.total_q, p.batch_size);
+  HeadTensor k = bwd_head_tensor(p.k, p.k_strides, p.seqlens_k, p.total_k, p.batch_size);
+  HeadTensor v = bwd_head_tensor(p.v, p.v_strides, p.seqlens_k, p.total_k, p.batch_size);
+  q.num_heads = dout.num_heads = p.num_heads_q;
+  k.num_heads = v.num_heads = p.num_heads_kv;
+  q.head_dim = k.head_dim = p.head_dim;
+  dout.head_dim = v.head_dim = p.head_dim_v;
+  cudaError_t error = encode_tensor_map(launch.q, p.dtype, q, kBwdTileM);
+  if (error == cudaSuccess) error = encode_tensor_map(launch.dout, p.dtype, dout, kBwdTileM);
+  if (error == cudaSuccess) error = encode_tensor_map(launch.k, p.dtype, k, keys);
+  if (error == cudaSuccess) error = encode_tensor_map(launch.v, p.dtype, v, keys);
+  return error;
+}
+
+template <class T, int kHeadDim, bool kScoreMod>
+int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream) {
+  using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
+  constexpr auto kKernel = bwd_kernel<T, kHeadDim, kScoreMod>;
+  const TileGrid grid{max(1, ceil_div(p.seqlens_k.max_seqlen, kBwdTileN)), p.num_heads_kv,
+                      num_sequences};
+  if (grid.size() == 0) return cudaSuccess;
+  if (grid.size() > INT_MAX) return cudaErrorInvalidConfiguration;
+  BwdLaunch launch;
+  launch.heads_per_kv = p.num_heads_q / p.num_heads_kv;
+  launch.num_tiles = static_cast<int>(grid.size());
+  launch.scale_log2 = p.score.softmax_scale * kLog2e;
+  const int64_t stream_bytes = int64_t{launch.heads_per_kv} * p.seqlens_q.max_seqlen *
+                               (2 * (p.head_dim + p.head_dim_v) + 4 * kHeadDim);
+  launch.order = TileOrder::of(grid, false, l2_group_size(stream_bytes, 1, kBwdL2GroupBytes));
+  cudaError_t error = encode_bwd_tensor_maps(p, Layout::kKeys, launch);
+  if (error == cudaSuccess) error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
+  if (error != cudaSuccess) return error;
+  // A CTA for each tile: dealt out to one CTA an SM, they were 10 % slower at 512 and equal beyond.
+  kKernel<<<launch.num_tiles, Layout::kThreads, Layout::kSmemBytes, stream>>>(p, launch);
+  return cudaGetLastError();
+}
+
+template <class T, int kHeadDim>
+int launch_bwd(const BwdParams& p, cudaStream_t stream) {
+  // Varlen tensors have the rest behind the last sequence as well.
+  const int num_sequences =
+      p.batch_size + (p.seqlens_q.cu_seqlens || p.seqlens_k.cu_seqlens ? 1 : 0);
+  const int error = has_score_mod(p.score)
+                        ? launch_bwd_kernel<T, kHeadDim, true>(p, num_sequences, stream)
+                        : launch_bwd_kernel<T, kHeadDim, false>(p, num_sequences, stream);
+  return error != cudaSuccess ? error
+                              : launch_bwd_postprocess<T, kHeadDim>(p, num_sequences, stream);
+}
+
+}  // namespace fa

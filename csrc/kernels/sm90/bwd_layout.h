@@ -1,0 +1,99 @@
+// Compile-time sizes of the SM90 backward: the order of its products, the registers of its roles,
+// and where things lie in shared memory.
+#pragma once
+#include "attention/score_mod.h"
+#include "core/tile_config.h"
+#include "kernels/sm90/bwd_tile.h"
+#include "tile/mma_sm90.h"
+#include "tile/pipeline.h"
+
+namespace fa {
+
+template <class T, int kHeadDim, bool kScoreMod>
+struct BwdLayout {
+  static constexpr BwdTileConfig kTile = bwd_tile_config(Arch::kSm90, kHeadDim, MaskKind::kFull);
+  static constexpr int kTileM = kBwdTileM, kTileN = kBwdTileN;
+  static constexpr int kConsumers = 2, kKeys = 64;  // keys of a consumer
+  static constexpr int kConsumerWarps = 4 * kConsumers;
+  static constexpr int kThreads = bwd_num_threads(Arch::kSm90, kTile);
+  static constexpr BwdRegisters kRegisters = sm90_bwd_registers(kHeadDim);
+  static constexpr int kStages = kTile.num_q_stages;
+  static_assert(kTile.tile_m == kTileM && kTile.tile_n == kTileN && kTileN == kConsumers * kKeys);
+  static_assert(kTile.num_warps == kConsumerWarps && kTile.num_dout_stages == kStages);
+  static_assert(kTile.num_ds_stages == 2 && kTile.dq_through_smem && !kTile.v_in_regs);
+
+  // K and V as operands in registers. Where there is room, dP is issued ahead of the exponentials
+  // and dV still runs while dS is computed; else one consumer computes while the other multiplies,
+  // and they take turns with the exponentials.
+  static constexpr bool kHasRoom = kHeadDim == 64;
+  static constexpr bool kKeptInRegs = kHasRoom && !kScoreMod;
+  static constexpr bool kTakesTurns = !kHasRoom;
+
+  using TileKept = SwizzledTile<kKeys, kHeadDim>;     // K or V of a consumer
+  using TileStream = SwizzledTile<kTileM, kHeadDim>;  // Q or dO
+  using TileScores = SwizzledTile<kKeys, kTileM>;     // dS of a consumer; rows are keys
+  using KeptPipeline = Pipeline<1>;
+  using StreamPipeline = Pipeline<kStages>;
+  using ScoresPipeline = Pipeline<2>;
+
+  // dQ passes through shared memory kDqCols columns at a time, [column / 8][thread][4] floats.
+  static constexpr int kDqCols = kHeadDim == 128 ? 64 : kHeadDim;
+  static constexpr int kDqParts = kHeadDim / kDqCols;
+  static constexpr int kDqPartBytes = kTileM * kDqCols * static_cast<int>(sizeof(float));
+
+  static constexpr int kStatisticBytes = kTileM * static_cast<int>(sizeof(float));
+  static constexpr int kK = 0, kV = kK + kConsumers * TileKept::kBytes;
+  static constexpr int kQ = kV + kConsumers * TileKept::kBytes;
+  static constexpr int kDout = kQ + kStages * TileStream::kBytes;
+  static constexpr int kScores = kDout + kStages * TileStream::kBytes;
+  static constexpr int kDq = kScores + 2 * kConsumers * TileScores::kBytes;
+  static constexpr int kStatistics = kDq + kDqParts * kDqPartBytes;
+  static constexpr int kKBarriers = kStatistics + kStages * 2 * kStatisticBytes;
+  static constexpr int kVBarriers = kKBarriers + KeptPipeline::kBarrierBytes;
+  static constexpr int kQBarriers = kVBarriers + KeptPipeline::kBarrierBytes;
+  static constexpr int kDoutBarriers = kQBarriers + StreamPipeline::kBarrierBytes;
+  static constexpr int kScoresBarriers = kDoutBarriers + StreamPipeline::kBarrierBytes;
+  static constexpr int kSmemBytes = sm90_bwd_smem_bytes(kTile, kHeadDim);
+  static_assert(kScoresBarriers + kConsumers * ScoresPipeline::kBarrierBytes <= kSmemBytes);
+
+  static FA_DEVICE TileKept smem_k(uint32_t smem, int consumer) {
+    return {smem + kK + consumer * TileKept::kBytes};
+  }
+  static FA_DEVICE TileKept smem_v(uint32_t smem, int consumer) {
+    return {smem + kV + consumer * TileKept::kBytes};
+  }
+  static FA_DEVICE TileStream smem_q(uint32_t smem, int stage) {
+    return {smem + kQ + stage * TileStream::kBytes};
+  }
+  static FA_DEVICE TileStream smem_dout(uint32_t smem, int stage) {
+    return {smem + kDout + stage * TileStream::kBytes};
+  }
+  static FA_DEVICE TileScores smem_scores(uint32_t smem, int consumer, int stage) {
+    return {smem + kScores + (consumer * 2 + stage) * TileScores::kBytes};
+  }
+  // -LSE in log2 units of the queries of a stage; delta stands kStatisticBytes further on.
+  static FA_DEVICE uint32_t statistics(uint32_t smem, int stage) {
+    return smem + kStatistics + stage * 2 * kStatisticBytes;
+  }
+  static FA_DEVICE uint32_t scores_barriers(uint32_t smem, int consumer) {
+    return smem + kScoresBarriers + consumer * ScoresPipeline::kBarrierBytes;
+  }
+
+  static FA_DEVICE void init_barriers(uint32_t smem) {
+    KeptPipeline::init(smem + kKBarriers, kConsumerWarps + 4);  // the dQ warps read K as well
+    KeptPipeline::init(smem + kVBarriers, kConsumerWarps);
+    StreamPipeline::init(smem + kQBarriers, kConsumerWarps, 2);  // filled with Q and statistics
+    StreamPipeline::init(smem + kDoutBarriers, kConsumerWarps);
+    for (int i = 0; i < kConsumers; ++i) ScoresPipeline::init(scores_barriers(smem, i), 4, 4);
+    ptx::fence_mbarrier_init();
+  }
+};
+
+// One arrival of a warp whose lanes are all done with a buffer.
+template <class Pipeline>
+FA_DEVICE void release_by_warp(const Pipeline& pipeline, int lane) {
+  __syncwarp();
+  if (lane == 0) pipeline.release();
+}
+
+}  // namespace fa
