@@ -42,16 +42,16 @@ FA_HD constexpr int64_t bwd_dkv_semaphores(bool varlen, int batch_size, int seql
   return bwd_dq_accum_rows(varlen, batch_size, seqlen_k, total_k, tile_n) / tile_n * num_heads_kv;
 }
 
-// CTAs that share the query heads of a KV head: as few as give each of `slots` places for a CTA
-// four of them, or all. A divisor of group_size.
-FA_HD constexpr int bwd_head_splits(int64_t tiles, int64_t slots, int group_size) {
+// CTAs that share the query heads of a KV head: as few as make `enough` of them, or all. A divisor
+// of group_size.
+FA_HD constexpr int bwd_head_splits(int64_t tiles, int64_t enough, int group_size) {
   for (int splits = 1; splits < group_size; ++splits)
-    if (group_size % splits == 0 && tiles * splits >= 4 * slots) return splits;
+    if (group_size % splits == 0 && tiles * splits >= enough) return splits;
   return max(group_size, 1);
 }
 
-static_assert(bwd_head_splits(1024, 132, 4) == 1 && bwd_head_splits(256, 132, 4) == 4 &&
-              bwd_head_splits(64, 132, 16) == 16 && bwd_head_splits(300, 132, 6) == 2);
+static_assert(bwd_head_splits(1024, 528, 4) == 1 && bwd_head_splits(256, 528, 4) == 4 &&
+              bwd_head_splits(64, 528, 16) == 16 && bwd_head_splits(300, 528, 6) == 2);
 static_assert(bwd_dq_accum_rows(false, 3, 65, 195, 64) == 3 * 128);
 static_assert(bwd_dq_accum_rows(true, 3, 65, 195, 64) == (195 / 64 + 3) * 64);
 static_assert(bwd_dq_accum_first_row(false, 3, 65, 0, 64) ==

@@ -21,6 +21,7 @@
 
 #include "attention/bwd_scores.h"
 #include "core/bwd_workspace.h"
+#include "kernels/common/shared_gradients.cuh"
 #include "kernels/launch.h"
 #include "kernels/sm80/bwd_postprocess.cuh"
 #include "kernels/sm80/bwd_shape.h"
@@ -399,7 +400,8 @@ struct BwdCta {
     const int64_t index = bwd_dq_tile_index<Shape::kTileM>(p, tile.batch, tile.seq_q.first_row,
                                                            step.m_block, step.head);
     int* turn = p.dq_semaphore == nullptr ? nullptr : p.dq_semaphore + index;
-    if (turn != nullptr) wait_for_turn(turn, tiles_before(step.m_block));
+    if (turn != nullptr)
+      wait_for_warps(turn, tiles_before(step.m_block) * Shape::kTile.num_warps, lane);
     float* out =
         p.dq_accum + index * Shape::kDqTileElements + warp * Shape::kDqRegs * kWarpSize + lane;
     int reg = 0;
@@ -411,27 +413,14 @@ struct BwdCta {
         for (float x : column) ptx::red_global_add_f32(out + kWarpSize * reg++, x);
       }
     }
-    if (turn != nullptr) end_turn(turn);
+    if (turn != nullptr) say_warp_is_done(turn, lane);
   }
 
   // Deterministic: tiles of keys add to a tile of queries in ascending order, each warp its part.
+  // CTAs start in the order of n_block, so whoever is waited for already runs.
   FA_DEVICE int tiles_before(int m_block) const {
     return tile.n_block - n_block_range(tile.mask, m_block, Shape::kTileM, Shape::kTileN).begin;
   }
-  // The counter says how many warps are done. CTAs start in the order of n_block and split, so
-  // whoever is waited for already runs.
-  FA_DEVICE void wait_for_turn(const int* counter, int ctas_before) const {
-    const int done = ctas_before * Shape::kTile.num_warps;
-    while (lane == 0 && ptx::ld_acquire_gpu_s32(counter) < done) {
-    }
-    __syncwarp();
-  }
-  FA_DEVICE void end_turn(int* counter) const {
-    __threadfence();  // the additions of every lane, before lane 0 says so
-    __syncwarp();
-    if (lane == 0) ptx::red_release_gpu_add_s32(counter, 1);
-  }
-
   // ---- dK, dV ----
 
   // What a gradient is multiplied by in the end.
@@ -440,40 +429,18 @@ struct BwdCta {
     return owns_dv ? keep_factor : p.score.softmax_scale;
   }
 
-  // Adds this warp's rows to dk_accum or dv_accum, in the order of the splits if deterministic.
+  // Adds this warp's rows to dk_accum or dv_accum.
   FA_DEVICE void add_gradient(const Gradient& acc) const {
-    const int64_t tile_row = bwd_dq_accum_first_row(
-        p.seqlens_k.cu_seqlens != nullptr, tile.batch, p.seqlens_k.max_seqlen,
-        static_cast<int>(tile.seq_k.first_row), Shape::kTileN);
-    int* turn = p.dkv_semaphore == nullptr
-                    ? nullptr
-                    : p.dkv_semaphore + (tile_row / Shape::kTileN + tile.n_block) * p.num_heads_kv +
-                          tile.head_kv;
-    const int num_cols = owns_dv ? p.head_dim_v : p.head_dim;
-    const int first_key = tile.n_block * Shape::kTileN + warp_key;
-    const int64_t first_row = p.seqlens_k.cu_seqlens
-                                  ? tile.seq_k.first_row
-                                  : static_cast<int64_t>(tile.batch) * p.seqlens_k.max_seqlen;
-    float* out = (owns_dv ? p.dv_accum : p.dk_accum) +
-                 ((first_row + first_key) * p.num_heads_kv + tile.head_kv) * num_cols;
-    const float scale = gradient_scale();
-    if (turn != nullptr) wait_for_turn(turn, tile.split);
+    const auto shared = SharedGradient::of(
+        p, owns_dv ? p.dv_accum : p.dk_accum, owns_dv ? p.head_dim_v : p.head_dim, tile.batch,
+        tile.seq_k.first_row, tile.head_kv, tile.n_block, Shape::kTileN);
+    if (shared.counter != nullptr)
+      wait_for_warps(shared.counter, tile.split * Shape::kTile.num_warps, lane);
     FA_UNROLL
-    for (int m = 0; m < Shape::kBands; ++m) {
-      FA_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const int row = 16 * m + 8 * h + lane / 4;
-        if (first_key + row >= tile.seq_k.seqlen) continue;
-        float* out_row = out + static_cast<int64_t>(row) * p.num_heads_kv * num_cols + lane % 4 * 2;
-        FA_UNROLL
-        for (int n = 0; n < kHeadDim / 8; ++n) {
-          if (8 * n >= num_cols) continue;
-          ptx::red_global_add_f32(out_row + 8 * n, acc.x[m][n][2 * h] * scale);
-          ptx::red_global_add_f32(out_row + 8 * n + 1, acc.x[m][n][2 * h + 1] * scale);
-        }
-      }
-    }
-    if (turn != nullptr) end_turn(turn);
+    for (int m = 0; m < Shape::kBands; ++m)
+      shared.add(acc.x[m], tile.n_block * Shape::kTileN + warp_key + 16 * m, tile.seq_k.seqlen,
+                 gradient_scale(), lane);
+    if (shared.counter != nullptr) say_warp_is_done(shared.counter, lane);
   }
 
   // Rounds this warp's rows and writes them through shared memory, whose first bytes it overwrites.
@@ -627,7 +594,7 @@ int launch_bwd_tiles(const BwdParams& p, cudaStream_t stream) {
                         ? launch_bwd_kernel<T, kHeadDim, kTiles, true>(p, num_sequences, stream)
                         : launch_bwd_kernel<T, kHeadDim, kTiles, false>(p, num_sequences, stream);
   if (error != cudaSuccess) return error;
-  const int rounded = p.head_splits > 1 ? launch_round_gradients<T>(p, stream) : cudaSuccess;
+  const int rounded = launch_round_gradients<T>(p, stream);
   return rounded != cudaSuccess
              ? rounded
              : launch_bwd_postprocess<T, kHeadDim, kTiles>(p, num_sequences, stream);

@@ -1,7 +1,6 @@
-// dQ: from fp32 sums in the order of the backward's registers to rounded rows, times softmax_scale;
-// and dK and dV of several CTAs, whose sums lie in rows.
+// dQ: from fp32 sums in the order of the backward's registers to rounded rows, times softmax_scale.
 //
-// dQ: a CTA takes a tile of queries of one head with the warps of bwd_kernel: each thread reads the
+// A CTA takes a tile of queries of one head with the warps of bwd_kernel: each thread reads the
 // registers that its like there added, 32 consecutive floats to a warp. Rows that exist and do not
 // attend become 0.
 #pragma once
@@ -85,36 +84,6 @@ __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads)
     ptx::st_global_v4(head + (first + row) * p.dq_strides.token + chunk * 8,
                       first + row < seq.seqlen ? v : uint4{});
   }
-}
-
-// dk_accum and dv_accum become dK and dV. A CTA takes a row of all heads; blockIdx.y: dK or dV.
-template <class T>
-__global__ void __launch_bounds__(128) round_gradients_kernel(const __grid_constant__ BwdParams p) {
-  const bool is_dv = blockIdx.y == 1;
-  const int chunks = (is_dv ? p.head_dim_v : p.head_dim) / 8, row = blockIdx.x;
-  const bool varlen = p.seqlens_k.cu_seqlens != nullptr;
-  const int batch = varlen ? 0 : row / p.seqlens_k.max_seqlen;
-  const int token = varlen ? row : row % p.seqlens_k.max_seqlen;
-  const float* sums =
-      (is_dv ? p.dv_accum : p.dk_accum) + static_cast<int64_t>(row) * p.num_heads_kv * chunks * 8;
-  const Strides& strides = is_dv ? p.dv_strides : p.dk_strides;
-  T* out = static_cast<T*>(is_dv ? p.dv : p.dk) +
-           element_offset(strides.batch, strides.token, strides.head, batch, token, 0);
-  for (int i = threadIdx.x; i < p.num_heads_kv * chunks; i += blockDim.x) {
-    const float* x = sums + i * 8;
-    uint32_t pairs[4];
-    FA_UNROLL
-    for (int j = 0; j < 4; ++j) pairs[j] = pack<T>(x[2 * j], x[2 * j + 1]);
-    ptx::st_global_v4(out + i / chunks * strides.head + i % chunks * 8,
-                      uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
-  }
-}
-
-template <class T>
-int launch_round_gradients(const BwdParams& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.total_k), 2);
-  round_gradients_kernel<T><<<grid, 128, 0, stream>>>(p);
-  return cudaGetLastError();
 }
 
 template <class T, int kHeadDim, Arch kTiles>
