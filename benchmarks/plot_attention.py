@@ -1,9 +1,10 @@
-"""Draws the results of bench_attention.py beside their files.
+"""Draws the results of bench_attention.py and bench_training.py beside their files.
 
     python benchmarks/plot_attention.py [benchmarks/results/<device> ...]
 
 attention_dense*.json gives one picture of TFLOP/s over length, attention_memory*.json one of peak
-memory over length. Needs matplotlib (`pip install '.[demo]'`).
+memory over length, attention_training*.json one of the loss. Needs matplotlib
+(`pip install '.[demo]'`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ NAMES = {
     "plain": "plain PyTorch",
 }
 COLORS = dict(zip(NAMES, ("C0", "C9", "C1", "C2", "C3"), strict=True))
+TRAINING = {"ours": "C0", "sdpa": "C1"}
 
 Rows = Sequence[dict[str, Any]]
 
@@ -94,6 +96,29 @@ def memory(content: dict[str, Any]) -> Any:
     return figure
 
 
+def training(content: dict[str, Any]) -> Any:
+    """The loss of every run, one axes for each dtype."""
+    rows: Rows = content["rows"]
+    figure = _figure(5 * len(rows), 3.6)
+    all_axes = figure.subplots(1, len(rows), squeeze=False, sharey=True)[0]
+    for axes, row in zip(all_axes, rows, strict=True):
+        for name, runs in row["losses"].items():
+            for run in runs:
+                axes.plot(range(1, len(run) + 1), run, color=TRAINING[name], lw=0.8)
+        axes.set_title(
+            f"{row['dtype']}: distance {row['distance']:.4f}, noise {row['noise']:.4f}", size=9
+        )
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    all_axes[0].set_ylabel("loss, nats per byte")
+    handles = [
+        all_axes[0].plot([], [], color=color, label=NAMES[name.replace("sdpa", "sdpa_flash")])[0]
+        for name, color in TRAINING.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
 def _legend(figure: Any, axes: Any, names: Sequence[str]) -> None:
     handles = [
         axes.plot([], [], "o-", color=COLORS[name], ms=3, label=NAMES[name])[0] for name in names
@@ -101,7 +126,11 @@ def _legend(figure: Any, axes: Any, names: Sequence[str]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 3), fontsize=8)
 
 
-DRAWINGS = {"attention_dense": dense, "attention_memory": memory}
+DRAWINGS = {
+    "attention_dense": dense,
+    "attention_memory": memory,
+    "attention_training": training,
+}
 
 
 def draw(folder: Path) -> list[Path]:
@@ -115,7 +144,11 @@ def draw(folder: Path) -> list[Path]:
             figure = drawing(content)
             environment = content["environment"]
             figure.suptitle(
-                f"{environment['device']}, {environment['dtype']}, {environment['date'][:10]}",
+                ", ".join(
+                    environment[key][:limit]
+                    for key, limit in (("device", None), ("dtype", None), ("date", 10))
+                    if key in environment
+                ),
                 size=9,
             )
             pictures.append(path.with_suffix(".png"))

@@ -243,6 +243,23 @@ def memory_table(rows: Rows) -> str:
     return markdown(["tokens", *(f"{name}, MiB" for name in names)], lines, 1)
 
 
+def training_table(rows: Rows) -> str:
+    lines = []
+    for row in rows:
+        last = {name: statistics.fmean(x[-1] for x in runs) for name, runs in row["losses"].items()}
+        lines.append(
+            [
+                row["dtype"],
+                row["steps"],
+                *(f"{last[name]:.4f}" for name in ("ours", "sdpa")),
+                f"{row['distance']:.4f}",
+                f"{row['noise']:.4f}",
+            ]
+        )
+    header = ["dtype", "steps", "last loss, ours", "PyTorch's", "distance of the curves", "noise"]
+    return markdown(header, lines, 1)
+
+
 ATTENTION: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "dense": ("16,384 tokens, heads * head_dim = 2048", dense_table),
     "gqa": ("Grouped query heads, batch 2", gqa_table),
@@ -251,8 +268,9 @@ ATTENTION: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "extras": ("Options beside the plain call, batch 2, 16 heads", extras_table),
     "host": ("Host time of one call", host_table),
     "memory": ("Peak memory of forward and backward beside the inputs", memory_table),
+    "training": ("The demo's GPT, trained with either attention", training_table),
 }
-"""Section of bench_attention.py -> heading and table."""
+"""Section of bench_attention.py, or bench_training.py -> heading and table."""
 
 
 def attention_results(results: Path = RESULTS) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import attention_calls
 import bench_attention
 import bench_small_kernels
+import bench_training
 import common
 import plot_attention
 import pytest
@@ -18,6 +21,7 @@ import render_results
 import torch
 from helpers import needs_module, require
 
+from flash_attn_ext.examples import gpt
 from flash_attn_ext.reference import visible_keys
 
 CPU = torch.device("cpu")
@@ -150,8 +154,8 @@ def test_attention_end_to_end(
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "rows": [{**sizes, "peak_bytes": peaks}]}))
     text = render_results.attention_results(folder.parent)
-    for heading, _ in render_results.ATTENTION.values():
-        assert f"## {heading}" in text
+    for section in bench_attention.SECTIONS:
+        assert f"## {render_results.ATTENTION[section][0]}" in text
     assert "| 48 | 1 | 1 | 3 | - |" in text
     assert "FLASH_ATTN_EXT_SMEM_KB=99 " in text
     assert "| fwd | 64 | causal |" in render_results.attention_summary(folder.parent)
@@ -162,6 +166,35 @@ def test_attention_end_to_end(
         "attention_dense_99kb.png",
         "attention_memory_99kb.png",
     ]
+
+
+def curves(ours: float) -> Callable[..., Iterator[float]]:
+    """Losses of which those of `ours` differ by that much; two runs of the same by 0.01."""
+    runs = itertools.count()
+    return lambda name, *_: iter([5.0, 4.0 + next(runs) % 4 // 2 * 0.01 + ours * (name == "ours")])
+
+
+def test_training_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--device", "cpu", "--steps", "2", "--repeats", "2"]
+    folder = tmp_path / "results" / "cpu"
+    for difference, status in ((1.0, 1), (0.001, 0)):
+        monkeypatch.setattr(bench_training, "losses", curves(difference))
+        assert bench_training.main([*arguments, "--out", str(folder)]) == status
+    rows = json.loads((folder / "attention_training.json").read_text())["rows"]
+    assert [row["dtype"] for row in rows] == ["bf16", "fp16"]
+    text = render_results.attention_results(folder.parent)
+    assert "## The demo's GPT, trained with either attention" in text
+    assert f"| bf16 | 2 | 4.0060 | 4.0050 | {rows[0]['distance']:.4f} | 0.0100 |" in text
+    require(needs_module("matplotlib"))
+    assert plot_attention.main([str(folder)]) == 0
+    assert (folder / "attention_training.png").exists()
+
+
+@pytest.mark.parametrize("name", ["ours", "sdpa"])
+def test_training_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpt, "flash_attn_func", gpt.flash_attn_func)  # put back behind the test
+    first, second = bench_training.losses(name, "bf16", CPU, steps=2, quick=True)
+    assert 4 < second < first < 7  # ln 256 = 5.5
 
 
 def test_attention_asserts_the_dense_rows(
