@@ -243,8 +243,9 @@ def test_what_sm90_bwd_leaves_to_sm80(introspect: ModuleType) -> None:
     assert plan["reasons"] == [
         "sm90: tiles_k=64: its bwd leaves more than half of the 132 SMs idle"
     ]
-    plan = introspect.make_plan(problem("bwd", **{**grouped, "seqlen_k": 2200}), "h100", ALL)
-    assert plan["kernel"] == "sm90_bwd_hdim128_bf16"
+    for fields in ({"seqlen_k": 2200}, {"seqlen_q": 500, "seqlen_k": 2048}, {"num_heads_kv": 32}):
+        plan = introspect.make_plan(problem("bwd", **{**grouped, **fields}), "h100", ALL)
+        assert plan["kernel"] == "sm90_bwd_hdim128_bf16"
 
 
 @pytest.mark.parametrize("family", ATTENTION)

@@ -130,8 +130,8 @@ struct BwdConsumer {
       to_dscores(dscores, kScoreMod ? passed : probs, acc_dp, deltas);
       store_dscores(dscores);
 
-      // The next S goes ahead of dK. Behind the last step it is that of some old tile: a branch
-      // around the products would cost more.
+      // The next S goes ahead of dK. Behind the last step it is that of some old tile, which nobody
+      // reads: products of a group are not to be skipped by a branch.
       auto next = q;
       next.advance();
       if (steps_left > 0) {
