@@ -128,18 +128,6 @@ int64_t bwd_workspace_bytes(const Problem& p, const Plan& plan) {
          (p.deterministic ? semaphores : 0) * int64_t{sizeof(int)};
 }
 
-// Twice as fast as SM80's on an SM, whose CTAs share the query heads of a KV head where there are
-// few tiles of keys; that pays if each has much to do.
-constexpr int64_t kManyQueries = 4096;
-bool sm90_bwd_refuses(const Problem& p, const Plan& plan, const DeviceFacts& device,
-                      Reason reason) {
-  const int64_t tiles_k = num_tiles_k(p, plan.tile_n) * p.num_heads_kv;
-  const int group = p.num_heads_q / max(p.num_heads_kv, 1);
-  return group > 1 && int64_t{p.seqlen_q} * group >= kManyQueries && tiles_k * 2 < device.num_sms &&
-         reason("tiles_k=", tiles_k, ": its bwd leaves more than half of the ", device.num_sms,
-                " SMs idle");
-}
-
 }  // namespace
 
 bool attention_refuses(Arch arch, const Problem& p, const DeviceFacts& device, Reason reason) {
@@ -157,8 +145,6 @@ bool attention_refuses(Arch arch, const Problem& p, const DeviceFacts& device, R
     return got > limit && reason(what, "=", got, ": ", family, " takes at most ", limit);
   };
   const Plan tile = tile_of(arch, p, device);
-  if (p.family == Family::kBwd && arch == Arch::kSm90 && sm90_bwd_refuses(p, tile, device, reason))
-    return true;
   const int64_t batch_size = p.batch_size;
   if (!p.varlen && (at_most("total_q", batch_size * p.seqlen_q, kMaxInt) ||
                     at_most("total_k", batch_size * p.seqlen_k, kMaxInt)))

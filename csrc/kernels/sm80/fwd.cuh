@@ -357,6 +357,7 @@ struct FwdCta {
     const TileQ smem_o{smem_q()};
     const float dropout_scale = kScoreMod ? 256.f / p.score.keep_threshold : 1.f;
     float* lse = lse_rows(p, work.tile.batch, work.tile.head, work.q_seq.first_row) + first_row();
+    __syncwarp();  // every lane has read its Q (the pair of warps: they met in the last step)
     FA_UNROLL
     for (int r = 0; r < 2 * kM; ++r) {
       const int row = warp_row + r * 8 + lane / 4, in_seq = first_row() + row;
