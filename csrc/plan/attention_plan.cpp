@@ -99,13 +99,6 @@ Plan bwd_tile_of(Arch arch, const Problem& p, const DeviceFacts& device) {
   return plan;
 }
 
-// How many CTAs of the backward an SM should get in all. SM80: four for each that it runs at a
-// time. SM90: adding dK and dV up makes its kernel slower.
-int cta_rounds(Arch arch, const Plan& plan) {
-  if (arch == Arch::kSm90) return 2;
-  return plan.num_threads <= 128 ? 8 : 4;
-}
-
 Plan tile_of(Arch arch, const Problem& p, const DeviceFacts& device) {
   return p.family == Family::kFwd ? fwd_tile_of(arch, p, device) : bwd_tile_of(arch, p, device);
 }
@@ -128,6 +121,18 @@ int64_t bwd_workspace_bytes(const Problem& p, const Plan& plan) {
          (p.deterministic ? semaphores : 0) * int64_t{sizeof(int)};
 }
 
+// Twice as fast as SM80's on an SM, whose CTAs share the query heads of a KV head where there are
+// few tiles of keys; that pays if each has much to do.
+constexpr int64_t kManyQueries = 4096;
+bool sm90_bwd_refuses(const Problem& p, const Plan& plan, const DeviceFacts& device,
+                      Reason reason) {
+  const int64_t tiles_k = num_tiles_k(p, plan.tile_n) * p.num_heads_kv;
+  const int group = p.num_heads_q / max(p.num_heads_kv, 1);
+  return group > 1 && int64_t{p.seqlen_q} * group >= kManyQueries && tiles_k * 2 < device.num_sms &&
+         reason("tiles_k=", tiles_k, ": its bwd leaves more than half of the ", device.num_sms,
+                " SMs idle");
+}
+
 }  // namespace
 
 bool attention_refuses(Arch arch, const Problem& p, const DeviceFacts& device, Reason reason) {
@@ -145,6 +150,8 @@ bool attention_refuses(Arch arch, const Problem& p, const DeviceFacts& device, R
     return got > limit && reason(what, "=", got, ": ", family, " takes at most ", limit);
   };
   const Plan tile = tile_of(arch, p, device);
+  if (p.family == Family::kBwd && arch == Arch::kSm90 && sm90_bwd_refuses(p, tile, device, reason))
+    return true;
   const int64_t batch_size = p.batch_size;
   if (!p.varlen && (at_most("total_q", batch_size * p.seqlen_q, kMaxInt) ||
                     at_most("total_k", batch_size * p.seqlen_k, kMaxInt)))
@@ -165,8 +172,11 @@ Plan attention_plan(Arch arch, const Problem& p, const DeviceFacts& device) {
     if (arch == Arch::kSm90) plan.num_ctas = min<int64_t>(plan.num_ctas, device.num_sms);
   } else {
     const int64_t tiles = num_tiles_k(p, plan.tile_n) * p.num_heads_kv;
-    plan.head_splits = bwd_head_splits(tiles, cta_rounds(arch, plan) * device.num_sms,
-                                       p.num_heads_q / max(p.num_heads_kv, 1));
+    if (arch == Arch::kSm80) {
+      const int ctas_per_sm = plan.num_threads <= 128 ? 2 : 1;  // at a time; each four times
+      plan.head_splits = bwd_head_splits(tiles, int64_t{4} * ctas_per_sm * device.num_sms,
+                                         p.num_heads_q / max(p.num_heads_kv, 1));
+    }
     plan.num_ctas = tiles * plan.head_splits;
     plan.workspace_bytes = bwd_workspace_bytes(p, plan);
   }

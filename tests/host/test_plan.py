@@ -237,6 +237,15 @@ def test_what_sm90_bwd_leaves_to_sm80(introspect: ModuleType) -> None:
         plan = introspect.make_plan(fields, "h100", ALL)
         assert plan["kernel"] == f"sm80_bwd_hdim{head_dim}_bf16"
         assert plan["reasons"] == [f"sm90: head_dim={head_dim}: bwd is built for 64, 96, 128"]
+    grouped = {"num_heads_q": 32, "num_heads_kv": 4, "batch_size": 1, "seqlen_q": 2048}
+    plan = introspect.make_plan(problem("bwd", **{**grouped, "seqlen_k": 2048}), "h100", ALL)
+    assert (plan["kernel"], plan["head_splits"]) == ("sm80_bwd_hdim128_bf16", 8)
+    assert plan["reasons"] == [
+        "sm90: tiles_k=64: its bwd leaves more than half of the 132 SMs idle"
+    ]
+    for fields in ({"seqlen_k": 2200}, {"seqlen_q": 500, "seqlen_k": 2048}, {"num_heads_kv": 32}):
+        plan = introspect.make_plan(problem("bwd", **{**grouped, **fields}), "h100", ALL)
+        assert plan["kernel"] == "sm90_bwd_hdim128_bf16"
 
 
 @pytest.mark.parametrize("family", ATTENTION)
@@ -274,15 +283,14 @@ def test_attention_grid(introspect: ModuleType, device: str) -> None:
             assert plan["num_ctas"] == (totals[total] // tile + batch_size + 1) * heads * shares
 
 
-@pytest.mark.parametrize("arch", ["sm80", "sm90"])
 @pytest.mark.parametrize(
-    ("num_heads_q", "num_heads_kv", "batch_size", "seqlen_k", "of_sm80", "of_sm90"),
+    ("num_heads_q", "num_heads_kv", "batch_size", "seqlen_k", "expected"),
     [
-        (32, 8, 2, 8192, 1, 1),  # 1024 tiles of keys for 132 SMs
-        (32, 8, 2, 2048, 4, 2),  # 256: SM80 wants four for each SM, SM90 two
-        (16, 1, 2, 4096, 16, 8),
-        (12, 2, 2, 16384, 2, 1),
-        (16, 16, 1, 128, 1, 1),  # nothing to share
+        (32, 8, 2, 8192, 1),  # 1024 tiles of keys for 132 SMs
+        (32, 8, 2, 2048, 4),  # 256: four CTAs share them, one for each query head
+        (16, 1, 2, 4096, 16),
+        (12, 2, 2, 16384, 2),  # 512: two are enough
+        (16, 16, 1, 128, 1),  # nothing to share
     ],
 )
 def test_bwd_head_splits(
@@ -291,15 +299,12 @@ def test_bwd_head_splits(
     num_heads_kv: int,
     batch_size: int,
     seqlen_k: int,
-    of_sm80: int,
-    of_sm90: int,
-    arch: str,
+    expected: int,
 ) -> None:
     """dK and dV are added up in fp32, as large as K and V, where CTAs share query heads."""
-    expected = of_sm80 if arch == "sm80" else of_sm90
     sizes = {"batch_size": batch_size, "seqlen_q": 200, "seqlen_k": seqlen_k}
     heads = {"num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv}
-    plan = introspect.make_plan(problem("bwd", **sizes, **heads), "h100", [arch])
+    plan = introspect.make_plan(problem("bwd", **sizes, **heads), "h100", ["sm80"])
     tile_m, tile_n = plan["tile"]
     tiles = batch_size * -(-seqlen_k // tile_n) * num_heads_kv
     assert (plan["head_splits"], plan["num_ctas"]) == (expected, tiles * expected)

@@ -1,8 +1,7 @@
 // FlashAttention backward for Hopper: TMA copies, wgmma products, dQ by a warpgroup of its own.
 //
 // A CTA keeps 128 keys of one KV head and streams tiles of 64 queries, Q and dO, of the query heads
-// that read it, so that dK and dV are complete in one place; or, with few KV heads, of a share of
-// them (head_splits): then dK and dV are added up in global memory too. Four warpgroups:
+// that read it, so that dK and dV are complete in one place. Four warpgroups:
 //   producer      one thread starts all copies, a warp brings LSE and delta   bwd_producer.h
 //   2 consumers   64 keys each, along the rows, so that P^T and dS^T are operands as they are:
 //                   S^T = K Q^T;    P = exp(S - lse);             dV += P^T dO
@@ -21,7 +20,6 @@
 #include <climits>
 
 #include "attention/bwd_scores.h"
-#include "kernels/common/shared_gradients.cuh"
 #include "kernels/launch.h"
 #include "kernels/sm90/bwd_dq.h"
 #include "kernels/sm90/bwd_layout.h"
@@ -31,7 +29,6 @@
 #include "ptx/barrier.h"
 #include "ptx/global_memory.h"
 #include "ptx/ldmatrix.h"
-#include "ptx/opaque.h"
 #include "ptx/shared_memory.h"
 #include "ptx/stmatrix.h"
 #include "ptx/warpgroup.h"
@@ -39,8 +36,7 @@
 namespace fa {
 
 // A consumer warpgroup's computation: the stages of the loop as functions, and what they share.
-// kShared: dK and dV are added to those of other CTAs.
-template <class T, int kHeadDim, bool kScoreMod, bool kShared>
+template <class T, int kHeadDim, bool kScoreMod>
 struct BwdConsumer {
   using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
   static constexpr int kTileM = Layout::kTileM;
@@ -83,16 +79,15 @@ struct BwdConsumer {
     for (int i = blockIdx.x; i < launch.num_tiles; i += gridDim.x) {
       const BwdTile tile = bwd_tile(p, launch, i);
       if (tile.num_steps == 0) {
-        // Every split of the tile comes here, so nobody waits for a turn; dk_accum is zero.
-        if constexpr (!kShared) clear_gradients(tile);
+        clear_gradients(tile);
       } else {
-        compute(tile, i);
+        compute(tile);
       }
     }
   }
 
   // Everything about one tile of keys.
-  FA_DEVICE void compute(const BwdTile& tile, int index) {
+  FA_DEVICE void compute(const BwdTile& tile) {
     Gradient acc_dk, acc_dv;
     acc_dk.clear();
     acc_dv.clear();
@@ -155,14 +150,9 @@ struct BwdConsumer {
     release_by_warp(k, lane);
     k.advance();
     v.advance();
-    const float dv_scale = kScoreMod ? 256.f / p.score.keep_threshold : 1.f;
-    const float dk_scale = p.score.softmax_scale;
-    if constexpr (kShared) {
-      add_gradients(acc_dk, dk_scale, acc_dv, dv_scale, index);
-    } else {
-      store(acc_dv, tile, p.dv, p.dv_strides, p.head_dim_v, dv_scale);
-      store(acc_dk, tile, p.dk, p.dk_strides, p.head_dim, dk_scale);
-    }
+    store(acc_dv, tile, p.dv, p.dv_strides, p.head_dim_v,
+          kScoreMod ? 256.f / p.score.keep_threshold : 1.f);
+    store(acc_dk, tile, p.dk, p.dk_strides, p.head_dim, p.score.softmax_scale);
   }
 
   FA_DEVICE typename Layout::TileKept smem_k() const { return Layout::smem_k(smem, consumer); }
@@ -371,26 +361,6 @@ struct BwdConsumer {
     return tile.n_block * Layout::kTileN + consumer * Layout::kKeys + warp_row;
   }
 
-  // Adds this warp's rows to dk_accum and dv_accum.
-  FA_DEVICE void add_gradients(const Gradient& acc_dk, float dk_scale, const Gradient& acc_dv,
-                               float dv_scale, int index) const {
-    // Computed here, not ahead of the loop, which needs the registers.
-    const BwdTile tile = bwd_tile(p, launch, ptx::opaque(index));
-    const int at = ptx::opaque(lane);
-    const auto shared = [&](float* accum, int num_cols) {
-      return SharedGradient::of(p, accum, num_cols, tile.batch, tile.k_seq.first_row, tile.head_kv,
-                                tile.n_block, Layout::kTileN);
-    };
-    const SharedGradient dk = shared(p.dk_accum, p.head_dim), dv = shared(p.dv_accum, p.head_dim_v);
-    if (dk.counter != nullptr)
-      wait_for_warps(dk.counter, tile.split * (4 * Layout::kConsumers), at);
-    const int key =
-        tile.n_block * Layout::kTileN + ptx::opaque(consumer * Layout::kKeys + warp_row);
-    dk.add(acc_dk.x[0], key, tile.k_seq.seqlen, dk_scale, at);
-    dv.add(acc_dv.x[0], key, tile.k_seq.seqlen, dv_scale, at);
-    if (dk.counter != nullptr) say_warp_is_done(dk.counter, at);
-  }
-
   // dK or dV as 16-byte chunks, four of a row by the lanes of a quad.
   FA_DEVICE void store(const Gradient& acc, const BwdTile& tile, void* tensor,
                        const Strides& strides, int num_cols, float scale) const {
@@ -438,7 +408,7 @@ struct BwdConsumer {
   }
 };
 
-template <class T, int kHeadDim, bool kScoreMod, bool kShared>
+template <class T, int kHeadDim, bool kScoreMod>
 __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1)
     bwd_kernel(const __grid_constant__ BwdParams p, const __grid_constant__ BwdLaunch launch) {
   using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
@@ -464,7 +434,7 @@ __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1
     BwdDq<T, kHeadDim, kScoreMod>(p, launch, smem_base).run();
   } else {
     ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
-    BwdConsumer<T, kHeadDim, kScoreMod, kShared>(p, launch, smem_base, warpgroup - 2).run();
+    BwdConsumer<T, kHeadDim, kScoreMod>(p, launch, smem_base, warpgroup - 2).run();
   }
 }
 
@@ -495,19 +465,19 @@ inline cudaError_t encode_bwd_tensor_maps(const BwdParams& p, int keys, BwdLaunc
   return error;
 }
 
-template <class T, int kHeadDim, bool kScoreMod, bool kShared>
+template <class T, int kHeadDim, bool kScoreMod>
 int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream) {
   using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
-  constexpr auto kKernel = bwd_kernel<T, kHeadDim, kScoreMod, kShared>;
-  const TileGrid grid{max(1, ceil_div(p.seqlens_k.max_seqlen, kBwdTileN)),
-                      p.num_heads_kv * p.head_splits, num_sequences};
+  constexpr auto kKernel = bwd_kernel<T, kHeadDim, kScoreMod>;
+  const TileGrid grid{max(1, ceil_div(p.seqlens_k.max_seqlen, kBwdTileN)), p.num_heads_kv,
+                      num_sequences};
   if (grid.size() == 0) return cudaSuccess;
   if (grid.size() > INT_MAX) return cudaErrorInvalidConfiguration;
   BwdLaunch launch;
-  launch.heads_per_cta = p.num_heads_q / (p.num_heads_kv * p.head_splits);
+  launch.heads_per_kv = p.num_heads_q / p.num_heads_kv;
   launch.num_tiles = static_cast<int>(grid.size());
   launch.scale_log2 = p.score.softmax_scale * kLog2e;
-  const int64_t stream_bytes = int64_t{launch.heads_per_cta} * p.seqlens_q.max_seqlen *
+  const int64_t stream_bytes = int64_t{launch.heads_per_kv} * p.seqlens_q.max_seqlen *
                                (2 * (p.head_dim + p.head_dim_v) + 4 * kHeadDim);
   launch.order = TileOrder::of(grid, false, l2_group_size(stream_bytes, 1, kBwdL2GroupBytes));
   cudaError_t error = encode_bwd_tensor_maps(p, Layout::kKeys, launch);
@@ -518,25 +488,16 @@ int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream
   return cudaGetLastError();
 }
 
-template <class T, int kHeadDim, bool kScoreMod>
-int launch_bwd_shared(const BwdParams& p, int num_sequences, cudaStream_t stream) {
-  return p.head_splits > 1
-             ? launch_bwd_kernel<T, kHeadDim, kScoreMod, true>(p, num_sequences, stream)
-             : launch_bwd_kernel<T, kHeadDim, kScoreMod, false>(p, num_sequences, stream);
-}
-
 template <class T, int kHeadDim>
 int launch_bwd(const BwdParams& p, cudaStream_t stream) {
   // Varlen tensors have the rest behind the last sequence as well.
   const int num_sequences =
       p.batch_size + (p.seqlens_q.cu_seqlens || p.seqlens_k.cu_seqlens ? 1 : 0);
   const int error = has_score_mod(p.score)
-                        ? launch_bwd_shared<T, kHeadDim, true>(p, num_sequences, stream)
-                        : launch_bwd_shared<T, kHeadDim, false>(p, num_sequences, stream);
-  if (error != cudaSuccess) return error;
-  const int rounded = launch_round_gradients<T>(p, stream);
-  return rounded != cudaSuccess ? rounded
-                                : launch_bwd_postprocess<T, kHeadDim>(p, num_sequences, stream);
+                        ? launch_bwd_kernel<T, kHeadDim, true>(p, num_sequences, stream)
+                        : launch_bwd_kernel<T, kHeadDim, false>(p, num_sequences, stream);
+  return error != cudaSuccess ? error
+                              : launch_bwd_postprocess<T, kHeadDim>(p, num_sequences, stream);
 }
 
 }  // namespace fa

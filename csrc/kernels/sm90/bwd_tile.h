@@ -16,13 +16,13 @@ constexpr int kBwdTileM = 64, kBwdTileN = 128;  // of every row in core/tile_con
 struct BwdLaunch {
   CUtensorMap q, k, v, dout;  // varlen: one batch entry of all rows
   TileOrder order;            // its m_blocks are tiles of keys
-  int num_tiles, heads_per_cta;
+  int num_tiles, heads_per_kv;
   float scale_log2;  // softmax_scale * log2(e)
 };
 
-// A tile of keys of one KV head, for a share of its query heads.
+// A tile of keys of one KV head.
 struct BwdTile {
-  int n_block, head_kv, split, batch;
+  int n_block, head_kv, batch;
   int first_head;  // of the query heads that read it
   SeqlenInfo q_seq, k_seq;
   MaskSpec mask;
@@ -34,15 +34,14 @@ FA_DEVICE BwdTile bwd_tile(const BwdParams& p, const BwdLaunch& launch, int inde
   // n_block 0 first: under a causal mask most queries see it, and dQ's turns follow this order.
   const TileCoord at = launch.order.coord(index);
   BwdTile tile;
-  tile.n_block = at.m_block, tile.batch = at.batch;
-  tile.head_kv = at.head / p.head_splits, tile.split = at.head % p.head_splits;
-  tile.first_head = at.head * launch.heads_per_cta;
+  tile.n_block = at.m_block, tile.head_kv = at.head, tile.batch = at.batch;
+  tile.first_head = at.head * launch.heads_per_kv;
   tile.q_seq = seqlen_info_or_rest(p.seqlens_q, tile.batch, p.batch_size, p.total_q);
   tile.k_seq = seqlen_info_or_rest(p.seqlens_k, tile.batch, p.batch_size, p.total_k);
   tile.mask =
       mask_spec(tile.q_seq.seqlen, tile.k_seq.seqlen, p.score.window_left, p.score.window_right);
   tile.blocks = m_block_range(tile.mask, tile.n_block, kBwdTileM, kBwdTileN);
-  tile.num_steps = tile.blocks.size() * launch.heads_per_cta;
+  tile.num_steps = tile.blocks.size() * launch.heads_per_kv;
   return tile;
 }
 
