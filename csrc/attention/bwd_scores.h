@@ -21,18 +21,8 @@ FA_DEVICE void apply_mask(AccumTile<kM, kN>& acc_s, MaskSpec mask, TransposedOri
   for (int r = 0; r < 2 * kM; ++r) {
     const int key = origin.first_key + r * 8 + lane / 4;
     const Range queries = query_range(mask, key);
-    // Relative to this lane's first column; one unsigned comparison tests both ends.
-    const int begin = queries.begin - origin.first_query - lane % 4 * 2;
-    const unsigned size = key < mask.seqlen_k ? static_cast<unsigned>(queries.size()) : 0;
-    FA_UNROLL
-    for (int n = 0; n < kN; ++n) {
-      FA_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const bool kept = static_cast<unsigned>(n * 8 + i - begin) < size;
-        float& score = acc_s.x[r / 2][n][r % 2 * 2 + i];
-        score = kept ? score : -INFINITY;
-      }
-    }
+    keep_columns(acc_s, r, queries.begin - origin.first_query,
+                 key < mask.seqlen_k ? queries.size() : 0, lane);
   }
 }
 
@@ -91,6 +81,23 @@ struct TransposedScoreMod {
     }
   }
 
+  // `weights` of `scores` become P of 16 queries. Returns what dS is computed from: P (1 - tanh^2),
+  // with the sign of minus where dropped; it is never negative otherwise.
+  template <int kM>
+  FA_DEVICE AccumTile<kM, 2> apply(AccumTile<kM, 2>& weights, const AccumTile<kM, 2>& scores,
+                                   TransposedOrigin origin, int lane) const {
+    AccumTile<kM, 2> others = weights;
+    if (mod.outer_scale != 0.f) multiply_by_derivative(others, scores, origin, lane);
+    if (mod.keep_threshold < 256) {
+      for_each_kept(weights, origin, lane, [&](int m, int n, int i, bool kept) {
+        weights.x[m][n][i] = kept ? weights.x[m][n][i] : 0.f;
+        others.x[m][n][i] = kept ? others.x[m][n][i] : -others.x[m][n][i];
+      });
+    }
+    return others;
+  }
+
+ private:
   // Calls visit(m, n, i, kept) for the elements of kM bands and 16 queries. first_query is a
   // multiple of 16, first_key of 16, of 32 if there are two bands.
   //
@@ -126,7 +133,6 @@ struct TransposedScoreMod {
     }
   }
 
- private:
   template <int kM, int kN, class Visit>
   static FA_DEVICE void for_each(AccumTile<kM, kN>& acc, Visit visit) {
     FA_UNROLL
@@ -146,5 +152,26 @@ struct TransposedScoreMod {
     return mod.slope * fabsf(first + static_cast<float>(m * 16 + i / 2 * 8 - n * 8 - i % 2));
   }
 };
+
+// dP of what dropout keeps times `factor`, of what it drops 0. The sign of P says which, and leaves
+// it: even a dropped P of 0 has one.
+template <int kM, int kN>
+FA_DEVICE void drop_gradient(AccumTile<kM, kN>& dp, AFragments<kM, kN / 2>& probs, float factor) {
+  FA_UNROLL
+  for (int m = 0; m < kM; ++m) {
+    FA_UNROLL
+    for (int n = 0; n < kN; ++n) {
+      FA_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        uint32_t& pair = probs.x[m][n / 2][n % 2 * 2 + h];
+        float& low = dp.x[m][n][2 * h];
+        float& high = dp.x[m][n][2 * h + 1];
+        low = pair & 0x8000u ? 0.f : low * factor;
+        high = pair & 0x80000000u ? 0.f : high * factor;
+        pair &= 0x7FFF7FFFu;
+      }
+    }
+  }
+}
 
 }  // namespace fa

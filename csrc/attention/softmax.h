@@ -79,13 +79,9 @@ struct OnlineSoftmax {
     bool moves = false;
     FA_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      float high = acc_s.x[r / 2][0][r % 2 * 2];
-      FA_UNROLL
-      for (int n = 0; n < kN; ++n) {
-        high = fmaxf(high, fmaxf(acc_s.x[r / 2][n][r % 2 * 2], acc_s.x[r / 2][n][r % 2 * 2 + 1]));
-      }
-      tile_max[r] = high;
-      moves |= (high - row_max[r]) * scale_log2 > kMaxWeightLog2<T>;  // false for -inf - -inf
+      tile_max[r] = maximum(acc_s, r);
+      moves |=
+          (tile_max[r] - row_max[r]) * scale_log2 > kMaxWeightLog2<T>;  // false for -inf - -inf
     }
     if (rows.any(moves)) {
       float factor[kRows];
@@ -118,14 +114,7 @@ struct OnlineSoftmax {
     if (!__any_sync(0xffffffffu, moves)) return false;
     float tile_max[kRows];
     FA_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      float high = acc_s.x[r / 2][0][r % 2 * 2];
-      FA_UNROLL
-      for (int n = 0; n < kN; ++n) {
-        high = fmaxf(high, fmaxf(acc_s.x[r / 2][n][r % 2 * 2], acc_s.x[r / 2][n][r % 2 * 2 + 1]));
-      }
-      tile_max[r] = high;
-    }
+    for (int r = 0; r < kRows; ++r) tile_max[r] = maximum(acc_s, r);
     move_reference(tile_max, factor, scale_log2, RowsOfWarp{});
     return true;
   }
@@ -193,6 +182,18 @@ struct OnlineSoftmax {
   }
 
  private:
+  // The largest score of a row in this lane's columns.
+  template <int kN>
+  static FA_DEVICE float maximum(const AccumTile<kM, kN>& acc_s, int row) {
+    float high = acc_s.x[row / 2][0][row % 2 * 2];
+    FA_UNROLL
+    for (int n = 0; n < kN; ++n) {
+      const float* x = &acc_s.x[row / 2][n][row % 2 * 2];
+      high = fmaxf(high, fmaxf(x[0], x[1]));
+    }
+    return high;
+  }
+
   // weigh() that subtracts before it scales.
   template <int kN>
   FA_DEVICE void weigh_exactly(AccumTile<kM, kN>& acc_s, float scale_log2) {

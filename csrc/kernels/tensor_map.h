@@ -32,6 +32,14 @@ struct HeadTensor {
   int batch_size, num_tokens, num_heads, head_dim;
 };
 
+// Rows of a side: packed sequences are one batch entry.
+inline HeadTensor head_tensor(const void* data, const Strides& strides, const SeqlenArgs& seqlens,
+                              int total, int batch_size, int num_heads, int head_dim) {
+  const bool varlen = seqlens.cu_seqlens != nullptr;
+  return {data,      strides, varlen ? 1 : batch_size, varlen ? total : seqlens.max_seqlen,
+          num_heads, head_dim};
+}
+
 // Boxes of box_rows tokens x 64 elements of a head, rows swizzled over 128 bytes, zeros outside the
 // tensor. Order of coordinates: ptx::BoxOrigin.
 inline cudaError_t encode_tensor_map(CUtensorMap& map, DType dtype, const HeadTensor& t,

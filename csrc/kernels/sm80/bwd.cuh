@@ -225,8 +225,8 @@ struct BwdCta {
     }
   }
 
-  // The same with softcap, ALiBi and dropout. What dK warps find in shared memory is P (1 - tanh^2)
-  // with the sign of minus where dropped: it is never negative otherwise.
+  // The same with softcap, ALiBi and dropout. What dK warps find in shared memory is `others` of
+  // TransposedScoreMod::apply().
   FA_DEVICE Operand to_modified_probs(Scores& acc, BwdStep step, TransposedOrigin origin,
                                       bool border, int stage, int chunk) const {
     const TransposedScoreMod mod{
@@ -264,14 +264,7 @@ struct BwdCta {
     }
     AccumTile<kModBands, 2> weights = scores;
     to_weights(weights, mod.unit(), lse + 16 * part.k * sizeof(float));
-    AccumTile<kModBands, 2> others = weights;
-    if (mod.mod.outer_scale != 0.f) mod.multiply_by_derivative(others, scores, origin, lane);
-    if (p.score.keep_threshold < 256) {
-      mod.for_each_kept(weights, origin, lane, [&](int m, int n, int i, bool kept) {
-        weights.x[m][n][i] = kept ? weights.x[m][n][i] : 0.f;
-        others.x[m][n][i] = kept ? others.x[m][n][i] : -others.x[m][n][i];
-      });
-    }
+    const AccumTile<kModBands, 2> others = mod.apply(weights, scores, origin, lane);
     const AFragments<kModBands, 1> w = as_a_operand<T>(weights), o = as_a_operand<T>(others);
     FA_UNROLL
     for (int j = 0; j < kModBands * 4; ++j) {
@@ -303,26 +296,6 @@ struct BwdCta {
     }
     store_operand(ds, stage, chunk, kAllSteps);
     return ds;
-  }
-
-  // dP of what dropout keeps times `factor`, of what it drops 0. The sign of P says which, and
-  // leaves it: even a dropped P of 0 has one.
-  static FA_DEVICE void drop_gradient(Scores& dp, Operand& probs, float factor) {
-    FA_UNROLL
-    for (int m = 0; m < Shape::kBands; ++m) {
-      FA_UNROLL
-      for (int n = 0; n < Shape::kChunk / 8; ++n) {
-        FA_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          uint32_t& pair = probs.x[m][n / 2][n % 2 * 2 + h];
-          float& low = dp.x[m][n][2 * h];
-          float& high = dp.x[m][n][2 * h + 1];
-          low = pair & 0x8000u ? 0.f : low * factor;
-          high = pair & 0x80000000u ? 0.f : high * factor;
-          pair &= 0x7FFF7FFFu;
-        }
-      }
-    }
   }
 
   // dV += P^T dO or dK += dS^T Q.
@@ -488,7 +461,8 @@ FA_DEVICE void clear_kept_gradients(const BwdParams& p, const BwdTile& tile, int
     for (int first = tile.n_block * Shape::kTileN; first < tile.seq_k.stored;
          first += num_n_blocks * Shape::kTileN)
       clear_rows<Shape::kThreads>(head, strides.token,
-                                  {first, min(first + Shape::kTileN, tile.seq_k.stored)}, num_cols);
+                                  {first, min(first + Shape::kTileN, tile.seq_k.stored)}, num_cols,
+                                  threadIdx.x);
   };
   clear(p.dk, p.dk_strides, p.head_dim);
   clear(p.dv, p.dv_strides, p.head_dim_v);

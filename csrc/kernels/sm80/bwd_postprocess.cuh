@@ -9,6 +9,7 @@
 #include "core/bwd_workspace.h"
 #include "core/params.h"
 #include "core/tile_scheduler.h"
+#include "kernels/common/clear_rows.h"
 #include "kernels/sm80/bwd_shape.h"
 #include "ptx/shared_memory.h"
 #include "tile/vec.h"
@@ -23,14 +24,6 @@ FA_DEVICE int64_t bwd_dq_tile_index(const BwdParams& p, int batch, int64_t first
       bwd_dq_accum_first_row(p.seqlens_q.cu_seqlens != nullptr, batch, p.seqlens_q.max_seqlen,
                              static_cast<int>(first_row), kTileM);
   return (accum_row / kTileM + m_block) * p.num_heads_q + head;
-}
-
-// Zeros for rows of a head; a warp takes a row. num_cols <= 256.
-template <int kThreads, class T>
-FA_DEVICE void clear_rows(T* head, int64_t token_stride, Range rows, int num_cols) {
-  const int column = threadIdx.x % kWarpSize * 8;
-  for (int row = rows.begin + threadIdx.x / kWarpSize; row < rows.end; row += kThreads / kWarpSize)
-    if (column < num_cols) ptx::st_global_v4(head + row * token_stride + column, uint4{});
 }
 
 template <class T, int kHeadDim, Arch kTiles>
@@ -50,7 +43,8 @@ __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads)
     // The rest behind the last sequence may have more tiles than the grid.
     for (int row = first; row < seq.stored; row += grid.num_m_blocks * Shape::kTileM)
       clear_rows<Shape::kThreads>(head, p.dq_strides.token,
-                                  {row, min(row + Shape::kTileM, seq.stored)}, p.head_dim);
+                                  {row, min(row + Shape::kTileM, seq.stored)}, p.head_dim,
+                                  threadIdx.x);
     return;
   }
 

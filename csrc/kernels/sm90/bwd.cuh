@@ -267,14 +267,7 @@ struct BwdConsumer {
     for (int i = 0; i < 8; ++i) scores.x[0][i / 4][i % 4] = acc.x[0][2 * k + i / 4][i % 4];
     AccumTile<1, 2> weights = scores;
     to_weights(weights, mod.unit(), minus_lse, 2 * k);
-    AccumTile<1, 2> others = weights;
-    if (mod.mod.outer_scale != 0.f) mod.multiply_by_derivative(others, scores, origin, lane);
-    if (p.score.keep_threshold < 256) {
-      mod.for_each_kept(weights, origin, lane, [&](int m, int n, int i, bool kept) {
-        weights.x[m][n][i] = kept ? weights.x[m][n][i] : 0.f;
-        others.x[m][n][i] = kept ? others.x[m][n][i] : -others.x[m][n][i];
-      });
-    }
+    const AccumTile<1, 2> others = mod.apply(weights, scores, origin, lane);
     const AFragments<1, 1> w = as_a_operand<T>(weights), o = as_a_operand<T>(others);
     FA_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -298,23 +291,6 @@ struct BwdConsumer {
       }
     }
   }
-  // dP of what dropout keeps times `factor`, of what it drops 0. The sign of P says which, and
-  // leaves it: even a dropped P of 0 has one.
-  static FA_DEVICE void drop_gradient(Scores& dp, Operand& probs, float factor) {
-    FA_UNROLL
-    for (int n = 0; n < kTileM / 8; ++n) {
-      FA_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        uint32_t& pair = probs.x[0][n / 2][n % 2 * 2 + h];
-        float& low = dp.x[0][n][2 * h];
-        float& high = dp.x[0][n][2 * h + 1];
-        low = pair & 0x8000u ? 0.f : low * factor;
-        high = pair & 0x80000000u ? 0.f : high * factor;
-        pair &= 0x7FFF7FFFu;
-      }
-    }
-  }
-
   // dS to shared memory, and, once that has happened, word of it to the dQ warpgroup.
   FA_DEVICE void store_dscores(const Operand& dscores) const {
     scores.wait_empty();
@@ -442,22 +418,19 @@ __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1
 // and 16 MB are equal, 32 MB is 6 % slower at 2k; deterministic 128 MB is 10 % slower at 8k.
 constexpr int64_t kBwdL2GroupBytes = 16 << 20;
 
-// Rows of a side as TMA sees them: varlen tensors are one batch entry.
-inline HeadTensor bwd_head_tensor(const void* data, const Strides& strides,
-                                  const SeqlenArgs& seqlens, int total, int batch_size) {
-  const bool varlen = seqlens.cu_seqlens != nullptr;
-  return {data, strides, varlen ? 1 : batch_size, varlen ? total : seqlens.max_seqlen, 0, 0};
-}
-
 inline cudaError_t encode_bwd_tensor_maps(const BwdParams& p, int keys, BwdLaunch& launch) {
-  HeadTensor q = bwd_head_tensor(p.q, p.q_strides, p.seqlens_q, p.total_q, p.batch_size);
-  HeadTensor dout = bwd_head_tensor(p.dout, p.dout_strides, p.seqlens_q, p.total_q, p.batch_size);
-  HeadTensor k = bwd_head_tensor(p.k, p.k_strides, p.seqlens_k, p.total_k, p.batch_size);
-  HeadTensor v = bwd_head_tensor(p.v, p.v_strides, p.seqlens_k, p.total_k, p.batch_size);
-  q.num_heads = dout.num_heads = p.num_heads_q;
-  k.num_heads = v.num_heads = p.num_heads_kv;
-  q.head_dim = k.head_dim = p.head_dim;
-  dout.head_dim = v.head_dim = p.head_dim_v;
+  const auto of_q = [&](const void* data, const Strides& strides, int head_dim) {
+    return head_tensor(data, strides, p.seqlens_q, p.total_q, p.batch_size, p.num_heads_q,
+                       head_dim);
+  };
+  const auto of_k = [&](const void* data, const Strides& strides, int head_dim) {
+    return head_tensor(data, strides, p.seqlens_k, p.total_k, p.batch_size, p.num_heads_kv,
+                       head_dim);
+  };
+  const HeadTensor q = of_q(p.q, p.q_strides, p.head_dim);
+  const HeadTensor dout = of_q(p.dout, p.dout_strides, p.head_dim_v);
+  const HeadTensor k = of_k(p.k, p.k_strides, p.head_dim);
+  const HeadTensor v = of_k(p.v, p.v_strides, p.head_dim_v);
   cudaError_t error = encode_tensor_map(launch.q, p.dtype, q, kBwdTileM);
   if (error == cudaSuccess) error = encode_tensor_map(launch.dout, p.dtype, dout, kBwdTileM);
   if (error == cudaSuccess) error = encode_tensor_map(launch.k, p.dtype, k, keys);

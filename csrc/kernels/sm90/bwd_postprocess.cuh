@@ -6,19 +6,12 @@
 #include <cuda_runtime.h>
 
 #include "core/accum_layout.h"
+#include "kernels/common/clear_rows.h"
 #include "kernels/sm90/bwd_tile.h"
 #include "ptx/global_memory.h"
 #include "tile/mma_sm90.h"
 
 namespace fa {
-
-// Zeros for rows of a head; a warp takes a row. num_cols <= 256.
-template <int kThreads, class T>
-FA_DEVICE void clear_rows(T* head, int64_t token_stride, Range rows, int num_cols, int thread) {
-  const int column = thread % kWarpSize * 8;
-  for (int row = rows.begin + thread / kWarpSize; row < rows.end; row += kThreads / kWarpSize)
-    if (column < num_cols) ptx::st_global_v4(head + row * token_stride + column, uint4{});
-}
 
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kWarpgroupSize)
