@@ -370,8 +370,8 @@ struct BwdCta {
   FA_DEVICE void add_dq(BwdStep step, int stage) const {
     typename Shape::DqAccum acc;
     multiply_dq(acc, stage);
-    const int64_t index = bwd_dq_tile_index<Shape::kTileM>(p, tile.batch, tile.seq_q.first_row,
-                                                           step.m_block, step.head);
+    const int64_t index = bwd_dq_tile_index(p, Shape::kTileM, tile.batch, tile.seq_q.first_row,
+                                            step.m_block, step.head);
     int* turn = p.dq_semaphore == nullptr ? nullptr : p.dq_semaphore + index;
     if (turn != nullptr)
       wait_for_warps(turn, tiles_before(step.m_block) * Shape::kTile.num_warps, lane);

@@ -9,22 +9,12 @@
 #include "core/bwd_workspace.h"
 #include "core/params.h"
 #include "core/tile_scheduler.h"
-#include "kernels/common/clear_rows.h"
+#include "kernels/common/bwd_rows.h"
 #include "kernels/sm80/bwd_shape.h"
 #include "ptx/shared_memory.h"
 #include "tile/vec.h"
 
 namespace fa {
-
-// Number of the tile (m_block, head) of a sequence in dq_accum and among the semaphores.
-template <int kTileM>
-FA_DEVICE int64_t bwd_dq_tile_index(const BwdParams& p, int batch, int64_t first_row, int m_block,
-                                    int head) {
-  const int64_t accum_row =
-      bwd_dq_accum_first_row(p.seqlens_q.cu_seqlens != nullptr, batch, p.seqlens_q.max_seqlen,
-                             static_cast<int>(first_row), kTileM);
-  return (accum_row / kTileM + m_block) * p.num_heads_q + head;
-}
 
 template <class T, int kHeadDim, Arch kTiles>
 __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads)
@@ -50,7 +40,7 @@ __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads)
 
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int64_t index =
-      bwd_dq_tile_index<Shape::kTileM>(p, at.batch, seq.first_row, at.m_block, at.head);
+      bwd_dq_tile_index(p, Shape::kTileM, at.batch, seq.first_row, at.m_block, at.head);
   const float* sums =
       p.dq_accum + index * Shape::kDqTileElements + warp * Shape::kDqRegs * kWarpSize + lane;
   float x[Shape::kDqRegs];

@@ -32,6 +32,7 @@
 #include "ptx/shared_memory.h"
 #include "ptx/stmatrix.h"
 #include "ptx/warpgroup.h"
+#include "tile/store_sm90.h"
 
 namespace fa {
 
@@ -337,7 +338,7 @@ struct BwdConsumer {
     return tile.n_block * Layout::kTileN + consumer * Layout::kKeys + warp_row;
   }
 
-  // dK or dV as 16-byte chunks, four of a row by the lanes of a quad.
+  // dK or dV.
   FA_DEVICE void store(const Gradient& acc, const BwdTile& tile, void* tensor,
                        const Strides& strides, int num_cols, float scale) const {
     FA_UNROLL
@@ -347,19 +348,7 @@ struct BwdConsumer {
       T* out = static_cast<T*>(tensor) + element_offset(strides.batch, strides.token, strides.head,
                                                         tile.batch, tile.k_seq.first_row + key,
                                                         tile.head_kv);
-      FA_UNROLL
-      for (int d = 0; d < kHeadDim / 8; d += 4) {
-        uint32_t pairs[4];
-        FA_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const float* x = &acc.x[0][d + i][r * 2];
-          pairs[i] = exists ? pack<T>(x[0] * scale, x[1] * scale) : 0u;
-        }
-        transpose_in_quad(pairs, lane);
-        const int chunk = d + lane % 4;
-        if (stored && chunk * 8 < num_cols)
-          ptx::st_global_v4(out + chunk * 8, uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
-      }
+      store_row_by_quad(out, acc.x[0], r, scale, !exists, stored, num_cols, lane);
     }
   }
 

@@ -4,6 +4,7 @@
 // dq_accum in L2: [column / 8][thread][4] floats a tile of queries. bwd_postprocess.cuh rounds
 // them.
 #pragma once
+#include "kernels/common/bwd_rows.h"
 #include "kernels/sm90/bwd_layout.h"
 #include "ptx/barrier.h"
 #include "ptx/reduction.h"
@@ -102,7 +103,7 @@ struct BwdDq {
     sync();  // all of them are there
     if (thread != 0) return;
     const int64_t index =
-        bwd_dq_tile_index(p, tile.batch, tile.q_seq.first_row, step.m_block, step.head);
+        bwd_dq_tile_index(p, kBwdTileM, tile.batch, tile.q_seq.first_row, step.m_block, step.head);
     if (part == 0 && p.dq_semaphore != nullptr) {
       end_turn();
       wait_for_turn(tile, step, index);

@@ -6,7 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "core/accum_layout.h"
-#include "kernels/common/clear_rows.h"
+#include "kernels/common/bwd_rows.h"
 #include "kernels/sm90/bwd_tile.h"
 #include "ptx/global_memory.h"
 #include "tile/mma_sm90.h"
@@ -29,7 +29,8 @@ __global__ void __launch_bounds__(kWarpgroupSize)
                                  p.head_dim, thread);
     return;
   }
-  const int64_t index = bwd_dq_tile_index(p, at.batch, seq.first_row, at.m_block, at.head);
+  const int64_t index =
+      bwd_dq_tile_index(p, kBwdTileM, at.batch, seq.first_row, at.m_block, at.head);
   const float* sums = p.dq_accum + index * (kBwdTileM * kHeadDim) + thread * 4;
   const float scale = p.score.softmax_scale;
   uint4 x[kHeadDim / 8];

@@ -74,13 +74,4 @@ FA_DEVICE int64_t statistics_row(const BwdParams& p, const BwdTile& tile, int he
              : (static_cast<int64_t>(tile.batch) * p.num_heads_q + head) * p.seqlens_q.max_seqlen;
 }
 
-// Number of the tile (m_block, head) of a sequence in dq_accum and among the semaphores.
-FA_DEVICE int64_t bwd_dq_tile_index(const BwdParams& p, int batch, int64_t first_row, int m_block,
-                                    int head) {
-  const int64_t accum_row =
-      bwd_dq_accum_first_row(p.seqlens_q.cu_seqlens != nullptr, batch, p.seqlens_q.max_seqlen,
-                             static_cast<int>(first_row), kBwdTileM);
-  return (accum_row / kBwdTileM + m_block) * p.num_heads_q + head;
-}
-
 }  // namespace fa

@@ -34,6 +34,7 @@
 #include "tile/copy_sm90.h"
 #include "tile/mma_sm90.h"
 #include "tile/pipeline.h"
+#include "tile/store_sm90.h"
 
 namespace fa {
 
@@ -453,9 +454,8 @@ struct FwdConsumer {
     ptx::bar_sync(kFirstOwnBarrier + warpgroup, kWarpgroupSize);
   }
 
-  // O as 16-byte chunks, four of a row by the lanes of a quad, and lse.
+  // O and lse.
   FA_DEVICE void store(const FwdWork& work, const Output& acc_o, const Softmax& softmax) const {
-    const int num_chunks = p.head_dim_v / 8;
     const float dropout_scale = Layout::kScoreMod ? 256.f / p.score.keep_threshold : 1.f;
     FA_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -465,19 +465,7 @@ struct FwdConsumer {
       T* out = static_cast<T*>(p.out) + element_offset(p.out_strides.batch, p.out_strides.token,
                                                        p.out_strides.head, work.tile.batch,
                                                        work.q_seq.first_row + row, work.tile.head);
-      FA_UNROLL
-      for (int d = 0; d < kD; d += 4) {
-        uint32_t pairs[4];
-        FA_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const float* x = &acc_o.x[0][d + i][r * 2];
-          pairs[i] = exists ? pack<T>(x[0] * scale, x[1] * scale) : 0u;
-        }
-        transpose_in_quad(pairs, lane);
-        const int chunk = d + lane % 4;
-        if (stored && chunk < num_chunks)
-          ptx::st_global_v4(out + chunk * 8, uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
-      }
+      store_row_by_quad(out, acc_o.x[0], r, scale, !exists, stored, p.head_dim_v, lane);
       float* lse = lse_rows(p, work.tile.batch, work.tile.head, work.q_seq.first_row);
       if (lane % 4 == 0 && stored)
         lse[row] = exists ? softmax.lse(r, launch.scale_log2) : -INFINITY;
