@@ -26,6 +26,7 @@ from setuptools.command.build_ext import build_ext
 from . import ptxas, report
 from .extensions import all_sources, describe, newest_header
 from .jobs import choose_jobs
+from .lock import alone_in
 from .log import say
 from .progress import Progress
 from .switches import Switches
@@ -112,6 +113,10 @@ def make_build_ext(context: BuildContext) -> type[build_ext]:
             self.build_temp = str(context.build / "objects")
 
         def run(self) -> None:
+            with alone_in(context.build):
+                self._run()
+
+        def _run(self) -> None:
             start = time.monotonic()
             provide_ninja()
             install_launchers(context)

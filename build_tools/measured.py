@@ -10,11 +10,13 @@ registers and spills. Output of a compilation that succeeds is shown only if it 
 VERBOSE is 1. Anything else (``--version``, a link) is handed over unchanged.
 
 The peak is the largest process of the compilation: a driver like nvcc runs its passes one after
-another. Started once for each object, so it imports little.
+another. A compilation is refused if its build has ended, see lock.py. Started once for each object,
+so it imports little.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -27,6 +29,24 @@ def run(log_folder: str, verbose: bool, command: list[str]) -> int:
     target = command[command.index("-o") + 1] if "-o" in command[:-1] else ""
     if "-c" not in command or not target.endswith(".o"):
         os.execvp(command[0], command)
+    if not _build_lives():
+        print(f"{target}: its build has ended, nothing is compiled", file=sys.stderr)
+        return 1
+    with open(os.path.join(os.path.dirname(log_folder), "compilers.lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        return _compile(log_folder, verbose, command, target)
+
+
+def _build_lives() -> bool:
+    """Whether the process that started this build is there; true if none is named."""
+    try:
+        os.kill(int(os.environ.get("FLASH_ATTN_EXT_BUILD_PID", os.getpid())), 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _compile(log_folder: str, verbose: bool, command: list[str], target: str) -> int:
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
