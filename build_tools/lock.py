@@ -17,7 +17,7 @@ from typing import IO
 
 from .log import say
 
-OWNER = "FLASH_ATTN_EXT_BUILD_PID"
+OWNER = "FA_BUILD_PID"
 """Environment of ninja and the compilers: the process of their build."""
 COMPILERS_LOCK = "compilers.lock"
 """Beside the folder of the logs; each compiler holds it, shared."""

@@ -40,7 +40,7 @@ def run(log_folder: str, verbose: bool, command: list[str]) -> int:
 def _build_lives() -> bool:
     """Whether the process that started this build is there; true if none is named."""
     try:
-        os.kill(int(os.environ.get("FLASH_ATTN_EXT_BUILD_PID", os.getpid())), 0)
+        os.kill(int(os.environ.get("FA_BUILD_PID", os.getpid())), 0)
     except ProcessLookupError:
         return False
     return True
