@@ -4,11 +4,12 @@
 // producer warpgroup decides which and starts its copies; each consumer warpgroup computes 64 rows:
 //   for n_block = last ... first:  S = Q K^T;  meanwhile O += P V of the block before;
 //                                  mask(S);  P = softmax weights of S
-// Memory: per warpgroup num_q_stages of smem_q [64, head_dim], then num_stages of smem_k and of
-// smem_v [tile_n, head_dim], all in slabs of 64 columns with 128-byte swizzle (SwizzledTile).
-// Barriers: a Pipeline each for K, V, Q and the tiles themselves. With three
-// consumer warpgroups they issue S = Q K^T in turns, so that the products of one run while the
-// others compute weights.
+// Memory: per warpgroup num_q_stages of smem_q [64, head_dim], then num_stages of smem_k
+// [tile_n, head_dim] and of smem_v [tile_n, head_dim_v], all in slabs of 64 columns with 128-byte
+// swizzle (SwizzledTile).
+// Barriers: a Pipeline each for K, V, Q and the tiles themselves. Three consumer warpgroups issue
+// S = Q K^T in turns, so that the products of one run while the others compute weights.
+// Softcap, ALiBi and dropout: a kernel and a tile of their own (Sm90FwdTile).
 // Rows past the end of a sequence may hold anything, also NaN: K's are masked, V's are overwritten
 // with zeros in shared memory, Q's lead to rows that are not stored.
 // Tiles: core/tile_config.h. Numbers: docs/performance/sm90_forward.md. Algorithm:
