@@ -91,7 +91,17 @@ struct OnlineSoftmax {
     weigh_far(acc_s, scale_log2);
   }
 
-  // step() in parts, for a kernel whose acc_o is still being added to. True, for the whole warp, if
+  // step() in parts, for a kernel whose acc_o is still being added to: start() for the first block,
+  // follow() for the others, then weigh_far().
+  template <int kN>
+  FA_DEVICE void start(const AccumTile<kM, kN>& acc_s, float scale_log2) {
+    float tile_max[kRows], factor[kRows];  // of an empty acc_o
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) tile_max[r] = maximum(acc_s, r);
+    move_reference(tile_max, factor, scale_log2, RowsOfWarp{});
+  }
+
+  // True, for the whole warp, if
   // the reference moves: acc_o is to be multiplied by `factor` before the block's products join it.
   // threshold: kMaxWeightLog2 / scale_log2.
   template <int kN>

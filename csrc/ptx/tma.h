@@ -37,6 +37,16 @@ FA_DEVICE void cp_async_bulk_tensor_4d(uint32_t smem, const void* map, BoxOrigin
       : "memory");
 }
 
+// Copies a box from shared memory, as part of this thread's group; elements outside the tensor are
+// not written. Preconditions: as above; what other threads wrote there is behind fence_proxy_async.
+FA_DEVICE void cp_async_bulk_tensor_4d_store(const void* map, BoxOrigin at, uint32_t smem) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::
+          "l"(map),
+      "r"(at.column), "r"(at.row), "r"(at.head), "r"(at.batch), "r"(smem)
+      : "memory");
+}
+
 // Adds `bytes` of floats in shared memory to those at dst, in L2, as part of this thread's group.
 // Preconditions: both addresses and bytes are multiples of 16.
 FA_DEVICE void cp_reduce_async_bulk_add_f32(float* dst, uint32_t smem, int bytes) {

@@ -17,4 +17,16 @@ FA_DEVICE void load_tile_tma(Tile tile, const void* map, ptx::BoxOrigin at, uint
   }
 }
 
+// Starts copying a tile to rows [at.row, at.row + Tile::kRows) of a head, as a group of this
+// thread.
+template <class Tile>
+FA_DEVICE void store_tile_tma(Tile tile, const void* map, ptx::BoxOrigin at) {
+  FA_UNROLL
+  for (int slab = 0; slab < Tile::kSlabs; ++slab) {
+    at.column = slab * Tile::kSlabCols;
+    ptx::cp_async_bulk_tensor_4d_store(map, at, tile.base + slab * Tile::kSlabBytes);
+  }
+  ptx::cp_async_bulk_commit_group();
+}
+
 }  // namespace fa

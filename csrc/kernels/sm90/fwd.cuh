@@ -1,7 +1,8 @@
 // FlashAttention forward for Hopper: TMA copies, wgmma products, one persistent CTA to an SM.
 //
-// A CTA takes one tile after the other: tile_m rows of O of one (head, batch). One thread of the
-// producer warpgroup decides which and starts its copies; each consumer warpgroup computes 64 rows:
+// A CTA takes one tile after the other: tile_m rows of O of one (head, batch). In the producer
+// warpgroup one thread decides which, another starts the copies; each consumer warpgroup computes
+// 64 rows:
 //   for n_block = last ... first:  S = Q K^T;  meanwhile O += P V of the block before;
 //                                  mask(S);  P = softmax weights of S
 // Memory: per warpgroup num_q_stages of smem_q [64, head_dim], then num_stages of smem_k
@@ -40,18 +41,22 @@
 namespace fa {
 
 // A tile that the producer hands to the consumers, in shared memory.
+template <int kConsumers>
 struct FwdWork {
   TileCoord tile;  // batch < 0: there are no more
   SeqlenInfo q_seq, k_seq;
+  void* out;   // of the tile's first row
+  float* lse;  // likewise
   MaskSpec mask;
-  BlockRange blocks;  // that are loaded: what any of the tile's rows needs
-  ScoreMod mod;       // set iff the kernel has kScoreMod
+  BlockRange blocks;                  // that are loaded: what any of the tile's rows needs
+  BlockRange own_blocks[kConsumers];  // what those of a warpgroup compute
+  ScoreMod mod;                       // set iff the kernel has kScoreMod
 };
 
 // What the launcher adds to the parameters.
 struct FwdLaunch {
-  CUtensorMap q, k, v;  // varlen: one batch entry of all rows
-  TileOrder order;      // fixed length
+  CUtensorMap q, k, v, out;  // varlen: one batch entry of all rows
+  TileOrder order;           // fixed length
   FastDiv num_heads, group_size;
   int num_tiles;
   int counter;       // tile_counters[counter] deals the tiles; kNoTileCounter: in turn
@@ -68,6 +73,9 @@ struct FwdLayout {
   static constexpr int kConsumers = kTile.num_warps / 4;  // warpgroups
   static constexpr int kThreads = fwd_num_threads(Arch::kSm90, kTile);
   static constexpr bool kTakesTurns = kConsumers == 3;
+  // Whole tiles of O leave by TMA through the stage of their Q, while the next Q is in the other
+  // one.
+  static constexpr bool kStoresByTma = kTile.num_q_stages == 2 && kHeadDimV == kHeadDim;
   static constexpr WarpgroupRegisters kRegisters = warpgroup_registers(kConsumers);
   static constexpr int kRows = 64;  // of a warpgroup
   static constexpr int kStages = kTile.num_stages, kQStages = kTile.num_q_stages;
@@ -79,6 +87,7 @@ struct FwdLayout {
   using KvPipeline = Pipeline<kStages>;
   using QPipeline = Pipeline<kQStages>;
   using WorkPipeline = Pipeline<2>;
+  using Work = FwdWork<kConsumers>;
 
   static constexpr int kK = kConsumers * kQStages * TileQ::kBytes;
   static constexpr int kV = kK + kStages * TileK::kBytes;
@@ -88,7 +97,7 @@ struct FwdLayout {
   static constexpr int kWorkBarriers = kQBarriers + kConsumers * QPipeline::kBarrierBytes;
   static constexpr int kWork = kWorkBarriers + WorkPipeline::kBarrierBytes;
   static constexpr int kSmemBytes = sm90_fwd_smem_bytes(kTile, kBuilt);
-  static_assert(kWork + 2 * static_cast<int>(sizeof(FwdWork)) <= kSmemBytes);
+  static_assert(kWork + 2 * static_cast<int>(sizeof(Work)) <= kSmemBytes);
 
   static FA_DEVICE TileQ smem_q(uint32_t smem, int warpgroup, int stage) {
     return {smem + (warpgroup * kQStages + stage) * TileQ::kBytes};
@@ -102,70 +111,57 @@ struct FwdLayout {
   static FA_DEVICE uint32_t q_barriers(uint32_t smem, int warpgroup) {
     return smem + kQBarriers + warpgroup * QPipeline::kBarrierBytes;
   }
-  static FA_DEVICE FwdWork& work(char* smem, int slot) {
-    return reinterpret_cast<FwdWork*>(smem + kWork)[slot];
+  static FA_DEVICE Work& work(char* smem, int slot) {
+    return reinterpret_cast<Work*>(smem + kWork)[slot];
   }
 
   static FA_DEVICE void init_barriers(uint32_t smem) {
     KvPipeline::init(smem + kKBarriers, kTile.num_warps);
     KvPipeline::init(smem + kVBarriers, kTile.num_warps);
     for (int i = 0; i < kConsumers; ++i) QPipeline::init(q_barriers(smem, i), 4);
-    WorkPipeline::init(smem + kWorkBarriers, kTile.num_warps);
+    WorkPipeline::init(smem + kWorkBarriers, kTile.num_warps + 1);  // and the loader
     ptx::fence_mbarrier_init();
   }
 };
 
-// The one thread that decides on tiles and starts all copies.
-template <class T, int kHeadDim, int kHeadDimV, Sm90FwdTile kWhich>
-struct FwdProducer {
-  using Layout = FwdLayout<T, kHeadDim, kHeadDimV, kWhich>;
+// The thread that decides on tiles: one ahead of the copies, which would wait for it otherwise.
+template <class T, class Layout>
+struct FwdScheduler {
+  using Work = typename Layout::Work;
   static constexpr FwdTileConfig kTile = Layout::kTile;
 
   const FwdParams& p;
   const FwdLaunch& launch;
-  uint32_t smem;
-  typename Layout::KvPipeline k, v;
 
-  FA_DEVICE FwdProducer(const FwdParams& params, const FwdLaunch& fwd_launch, uint32_t smem_base)
-      : p(params),
-        launch(fwd_launch),
-        smem(smem_base),
-        k(Layout::KvPipeline::producer(smem_base + Layout::kKBarriers)),
-        v(Layout::KvPipeline::producer(smem_base + Layout::kVBarriers)) {}
-
-  FA_DEVICE void run(char* smem_ptr) {
+  FA_DEVICE void run(char* smem_ptr, uint32_t smem) const {
     auto slot = Layout::WorkPipeline::producer(smem + Layout::kWorkBarriers);
-    auto q = Layout::QPipeline::producer(0);  // barriers: of each warpgroup
-    int tile = blockIdx.x;
+    int tile = -1;
 #pragma unroll 1
     while (true) {
-      const int next = next_tile(tile);  // asked for early: the answer takes a while
-      FwdWork& work = Layout::work(smem_ptr, slot.stage);
+      Work& work = Layout::work(smem_ptr, slot.stage);
       slot.wait_empty();
-      if (!find_work(work, tile)) {
-        tile = next;  // varlen: a place without rows
-        continue;
-      }
+      // Chosen not before there is place for it, so that a CTA that is late takes fewer tiles.
+      do {
+        tile = tile < 0 ? static_cast<int>(blockIdx.x) : next_tile(tile);
+      } while (!find_work(work, tile));  // varlen: some places have no rows
       ptx::mbarrier_arrive(slot.full());
       slot.advance();
       if (work.tile.batch < 0) return;
-      load(work, q);
-      tile = next;
     }
   }
 
-  // Each CTA asks once for every tile it takes and once more: the last of all answers resets the
-  // counter for the next launch.
+  // A CTA asks once for every tile it has taken: the last of all answers resets the counter for the
+  // next launch.
   FA_DEVICE int next_tile(int tile) const {
     if (launch.counter == kNoTileCounter) return tile + gridDim.x;
     int& counter = tile_counters[launch.counter];
     const int ticket = atomicAdd(&counter, 1);
-    if (ticket == launch.num_tiles + static_cast<int>(gridDim.x) - 1) counter = 0;
+    if (ticket == launch.num_tiles - 1) counter = 0;
     return ticket + gridDim.x;
   }
 
   // False: `tile` has no rows.
-  FA_DEVICE bool find_work(FwdWork& work, int tile) const {
+  FA_DEVICE bool find_work(Work& work, int tile) const {
     if (tile >= launch.num_tiles) {
       work.tile.batch = -1;
       return true;
@@ -183,16 +179,63 @@ struct FwdProducer {
     work.tile = coord;
     work.q_seq = seqlen_info(p.seqlens_q, coord.batch);
     work.k_seq = seqlen_info(p.seqlens_k, coord.batch);
+    const int row = coord.m_block * kTile.tile_m;
+    work.out = static_cast<T*>(p.out) + element_offset(p.out_strides.batch, p.out_strides.token,
+                                                       p.out_strides.head, coord.batch,
+                                                       work.q_seq.first_row + row, coord.head);
+    work.lse = lse_rows(p, coord.batch, coord.head, work.q_seq.first_row) + row;
     work.mask =
         mask_spec(work.q_seq.seqlen, work.k_seq.seqlen, p.score.window_left, p.score.window_right);
     work.blocks = n_block_range(work.mask, coord.m_block, kTile.tile_m, kTile.tile_n);
+    FA_UNROLL
+    for (int i = 0; i < Layout::kConsumers; ++i) work.own_blocks[i] = own_blocks(work, i);
     if constexpr (Layout::kScoreMod)
       work.mod = ScoreMod::of(p.score, work.mask, coord.batch, coord.head, p.num_heads_q);
     return true;
   }
 
+  // All of the tile's if the warpgroups take turns, as each needs as many as the others then.
+  static FA_DEVICE BlockRange own_blocks(const Work& work, int warpgroup) {
+    if constexpr (Layout::kTakesTurns) return work.blocks;
+    return n_block_range(work.mask, work.tile.m_block * Layout::kConsumers + warpgroup,
+                         Layout::kRows, kTile.tile_n);
+  }
+};
+
+// The thread that starts all copies.
+template <class Layout>
+struct FwdLoader {
+  using Work = typename Layout::Work;
+  static constexpr FwdTileConfig kTile = Layout::kTile;
+
+  const FwdParams& p;
+  const FwdLaunch& launch;
+  uint32_t smem;
+  typename Layout::KvPipeline k, v;
+
+  FA_DEVICE FwdLoader(const FwdParams& params, const FwdLaunch& fwd_launch, uint32_t smem_base)
+      : p(params),
+        launch(fwd_launch),
+        smem(smem_base),
+        k(Layout::KvPipeline::producer(smem_base + Layout::kKBarriers)),
+        v(Layout::KvPipeline::producer(smem_base + Layout::kVBarriers)) {}
+
+  FA_DEVICE void run(char* smem_ptr) {
+    auto slot = Layout::WorkPipeline::consumer(smem + Layout::kWorkBarriers);
+    auto q = Layout::QPipeline::producer(0);  // barriers: of each warpgroup
+#pragma unroll 1
+    while (true) {
+      slot.wait_full();
+      const Work& work = Layout::work(smem_ptr, slot.stage);
+      if (work.tile.batch < 0) return;
+      load(work, q);
+      slot.release();
+      slot.advance();
+    }
+  }
+
   // K of a block goes ahead of V of the block before, as they are needed.
-  FA_DEVICE void load(const FwdWork& work, typename Layout::QPipeline& q) {
+  FA_DEVICE void load(const Work& work, typename Layout::QPipeline& q) {
     const int batch_q = p.seqlens_q.cu_seqlens != nullptr ? 0 : work.tile.batch;
     const ptx::BoxOrigin q_at{
         0, static_cast<int>(work.q_seq.first_row) + work.tile.m_block * kTile.tile_m,
@@ -243,6 +286,7 @@ struct FwdProducer {
 template <class T, int kHeadDim, int kHeadDimV, Sm90FwdTile kWhich>
 struct FwdConsumer {
   using Layout = FwdLayout<T, kHeadDim, kHeadDimV, kWhich>;
+  using Work = typename Layout::Work;
   static constexpr FwdTileConfig kTile = Layout::kTile;
   static constexpr int kN = kTile.tile_n / 8;                        // accumulator columns of S
   static constexpr int kD = kHeadDimV / 8;                           // of O
@@ -259,6 +303,7 @@ struct FwdConsumer {
   int warp_row;         // first row of this warp in the warpgroup's 64
   typename Layout::KvPipeline k, v;
   typename Layout::QPipeline q;
+  uint32_t output_stage = 0;  // barrier of a stage of Q that O may still leave through; 0: none
 
   FA_DEVICE FwdConsumer(const FwdParams& params, const FwdLaunch& fwd_launch, uint32_t smem_base,
                         int consumer)
@@ -279,20 +324,22 @@ struct FwdConsumer {
 #pragma unroll 1
     while (true) {
       slot.wait_full();
-      const FwdWork& work = Layout::work(smem_ptr, slot.stage);
-      if (work.tile.batch < 0) return;
+      const Work& work = Layout::work(smem_ptr, slot.stage);
+      if (work.tile.batch < 0) break;
       compute(work);
       release(slot);
       slot.advance();
     }
+    release_output_stage();
   }
 
   // Everything about one tile.
-  FA_DEVICE void compute(const FwdWork& work) {
-    const BlockRange blocks = own_blocks(work);
+  FA_DEVICE void compute(const Work& work) {
+    const BlockRange blocks = work.own_blocks[warpgroup];
     Output acc_o;
     acc_o.clear();
     Softmax softmax;
+    OutputRows rows;
     q.wait_full();
     skip(work.blocks.end - max(blocks.end, work.blocks.begin));
     if (blocks.size() > 0) {
@@ -302,24 +349,27 @@ struct FwdConsumer {
 #pragma unroll 1
       for (--n_block; n_block >= blocks.begin; --n_block)
         step(weights, acc_o, softmax, work, blocks, n_block);
-      release(q);  // the last S is complete
-      last_step(weights, acc_o);
+      if (!Layout::kStoresByTma) release(q);  // the last S is complete
+      v.wait_full();
+      issue_pv(acc_o, weights);
+      finish(rows, work, softmax);
+      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_fence_operand(acc_o.x[0]);
+      release(v);
+      v.advance();
       skip(blocks.begin - work.blocks.begin);
     } else {
-      release(q);
+      if (Layout::kStoresByTma) {
+        release_output_stage();
+      } else {
+        release(q);
+      }
+      finish(rows, work, softmax);
     }
+    store(work, rows, acc_o);
     q.advance();
-    softmax.finish(RowsOfWarp{});
-    store(work, acc_o, softmax);
   }
 
-  // The blocks that this warpgroup's rows need. All of the tile's if they take turns, as every
-  // warpgroup needs as many turns as the others then.
-  FA_DEVICE BlockRange own_blocks(const FwdWork& work) const {
-    if constexpr (Layout::kTakesTurns) return work.blocks;
-    return n_block_range(work.mask, work.tile.m_block * Layout::kConsumers + warpgroup,
-                         Layout::kRows, kTile.tile_n);
-  }
   // Releases blocks that only other warpgroups need.
   FA_DEVICE void skip(int num_blocks) {
 #pragma unroll 1
@@ -334,18 +384,18 @@ struct FwdConsumer {
   }
 
   // S = Q K^T of the last block, and its weights. No product is under way behind it.
-  FA_DEVICE void first_step(Weights& weights, Softmax& softmax, const FwdWork& work,
+  FA_DEVICE void first_step(Weights& weights, Softmax& softmax, const Work& work,
                             const BlockRange& blocks, int n_block) {
     Scores acc_s;
     k.wait_full();
     issue_qk(acc_s);
+    release_output_stage();
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(acc_s.x[0]);
     release(k);
     k.advance();
     modify_scores(acc_s, work, blocks, n_block);
-    float factor[Softmax::kRows];  // of an empty O
-    softmax.follow(acc_s, launch.scale_log2, launch.threshold, factor);
+    softmax.start(acc_s, launch.scale_log2);
     softmax.weigh_far(acc_s, launch.scale_log2);
     drop(acc_s, work, n_block);
     weights = as_a_operand<T>(acc_s);
@@ -353,7 +403,7 @@ struct FwdConsumer {
   }
 
   // S and weights of a block, and meanwhile O += P V of the block before.
-  FA_DEVICE void step(Weights& weights, Output& acc_o, Softmax& softmax, const FwdWork& work,
+  FA_DEVICE void step(Weights& weights, Output& acc_o, Softmax& softmax, const Work& work,
                       const BlockRange& blocks, int n_block) {
     Scores acc_s;
     k.wait_full();
@@ -379,16 +429,6 @@ struct FwdConsumer {
     weights = as_a_operand<T>(acc_s);
   }
 
-  // O += P V of the first block.
-  FA_DEVICE void last_step(Weights& weights, Output& acc_o) {
-    v.wait_full();
-    issue_pv(acc_o, weights);
-    ptx::wgmma_wait_group<0>();
-    ptx::wgmma_fence_operand(acc_o.x[0]);
-    release(v);
-    v.advance();
-  }
-
   FA_DEVICE void issue_qk(Scores& acc_s) const {
     ptx::wgmma_fence_operand(acc_s.x[0]);
     ptx::wgmma_fence();
@@ -412,21 +452,21 @@ struct FwdConsumer {
     if (lane == 0) pipeline.release();
   }
 
-  FA_DEVICE int first_row(const FwdWork& work) const {
+  FA_DEVICE int first_row(const Work& work) const {
     return work.tile.m_block * kTile.tile_m + warpgroup * Layout::kRows + warp_row;
   }
-  FA_DEVICE ScoreOrigin origin(const FwdWork& work, int n_block) const {
+  FA_DEVICE ScoreOrigin origin(const Work& work, int n_block) const {
     return {first_row(work), n_block * kTile.tile_n};
   }
   // Raw scores become masked scores, in the units of the softmax.
-  FA_DEVICE void modify_scores(Scores& acc_s, const FwdWork& work, const BlockRange& blocks,
+  FA_DEVICE void modify_scores(Scores& acc_s, const Work& work, const BlockRange& blocks,
                                int n_block) const {
     if constexpr (Layout::kScoreMod) work.mod.score(acc_s, origin(work, n_block), lane);
     if (n_block >= blocks.full_end || n_block < blocks.full_begin)
       apply_mask(acc_s, work.mask, origin(work, n_block), lane);
   }
   // Weights that dropout drops become 0. Their sum, and so the LSE, has them already.
-  FA_DEVICE void drop(Scores& acc_p, const FwdWork& work, int n_block) const {
+  FA_DEVICE void drop(Scores& acc_p, const Work& work, int n_block) const {
     if constexpr (Layout::kScoreMod) {
       if (work.mod.keep_threshold == 256) return;
       work.mod.template for_each_kept<1, kN>(origin(work, n_block), lane,
@@ -438,7 +478,7 @@ struct FwdConsumer {
 
   // Rows of V behind the sequence become 0, as their weights are: 0 * NaN would be NaN. Without
   // lengths on the device they lie outside the tensor, and TMA has written zeros.
-  FA_DEVICE void clear_values_behind(const FwdWork& work, int n_block) const {
+  FA_DEVICE void clear_values_behind(const Work& work, int n_block) const {
     const int num_rows = work.k_seq.seqlen - n_block * kTile.tile_n;
     if (num_rows >= kTile.tile_n) return;
     if (p.seqlens_k.cu_seqlens == nullptr && p.seqlens_k.seqused == nullptr) return;
@@ -455,22 +495,59 @@ struct FwdConsumer {
     ptx::bar_sync(kFirstOwnBarrier + warpgroup, kWarpgroupSize);
   }
 
-  // O and lse.
-  FA_DEVICE void store(const FwdWork& work, const Output& acc_o, const Softmax& softmax) const {
+  // What is left to know of a lane's two rows of O before they are stored.
+  struct OutputRows {
+    float scale[2];
+    bool exists[2], is_stored[2];
+  };
+  // Behind the last weights, while the last product runs; stores lse.
+  FA_DEVICE void finish(OutputRows& rows, const Work& work, Softmax& softmax) const {
+    softmax.finish(RowsOfWarp{});
     const float dropout_scale = Layout::kScoreMod ? 256.f / p.score.keep_threshold : 1.f;
+    const int row_in_tile = warpgroup * Layout::kRows + warp_row + lane / 4;
+    const int row = work.tile.m_block * kTile.tile_m + row_in_tile;
     FA_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const int row = first_row(work) + r * 8 + lane / 4;
-      const bool exists = row < work.q_seq.seqlen, stored = row < work.q_seq.stored;
-      const float scale = output_scale(softmax.row_sum[r]) * dropout_scale;
-      T* out = static_cast<T*>(p.out) + element_offset(p.out_strides.batch, p.out_strides.token,
-                                                       p.out_strides.head, work.tile.batch,
-                                                       work.q_seq.first_row + row, work.tile.head);
-      store_row_by_quad(out, acc_o.x[0], r, scale, !exists, stored, p.head_dim_v, lane);
-      float* lse = lse_rows(p, work.tile.batch, work.tile.head, work.q_seq.first_row);
-      if (lane % 4 == 0 && stored)
-        lse[row] = exists ? softmax.lse(r, launch.scale_log2) : -INFINITY;
+      rows.scale[r] = output_scale(softmax.row_sum[r]) * dropout_scale;
+      rows.exists[r] = row + 8 * r < work.q_seq.seqlen;
+      rows.is_stored[r] = row + 8 * r < work.q_seq.stored;
+      if (lane % 4 == 0 && rows.is_stored[r])
+        work.lse[row_in_tile + 8 * r] =
+            rows.exists[r] ? softmax.lse(r, launch.scale_log2) : -INFINITY;
     }
+  }
+
+  FA_DEVICE void store(const Work& work, const OutputRows& rows, const Output& acc_o) {
+    const int first = warpgroup * Layout::kRows;  // of this warpgroup's rows in the tile
+    if constexpr (Layout::kStoresByTma) {
+      output_stage = q.empty();
+      if (work.tile.m_block * kTile.tile_m + first + Layout::kRows <= work.q_seq.seqlen) {
+        const auto smem_o = Layout::smem_q(smem, warpgroup, q.stage);
+        write_tile_swizzled<T>(smem_o, warp_row, acc_o.x[0], rows.scale, lane);
+        ptx::fence_proxy_async();  // before TMA reads them
+        sync_warpgroup();          // all rows are written
+        if (threadIdx.x % kWarpgroupSize == 0) {
+          const int batch = p.seqlens_q.cu_seqlens != nullptr ? 0 : work.tile.batch;
+          const int row =
+              static_cast<int>(work.q_seq.first_row) + work.tile.m_block * kTile.tile_m + first;
+          store_tile_tma(smem_o, &launch.out, {0, row, work.tile.head, batch});
+        }
+        return;
+      }
+    }
+    const int row = first + warp_row + lane / 4;
+    FA_UNROLL
+    for (int r = 0; r < 2; ++r)
+      store_row_by_quad(static_cast<T*>(work.out) + (row + 8 * r) * p.out_strides.token, acc_o.x[0],
+                        r, rows.scale[r], !rows.exists[r], rows.is_stored[r], p.head_dim_v, lane);
+  }
+  // Releases the stage of Q through which the O before left, if there is one.
+  FA_DEVICE void release_output_stage() {
+    if (!Layout::kStoresByTma || output_stage == 0) return;
+    if (threadIdx.x % kWarpgroupSize == 0) ptx::cp_async_bulk_wait_group_read<0>();
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(output_stage);
+    output_stage = 0;
   }
 
   // Varlen: the CTAs share the rows behind the last sequence and write out = 0, lse = -inf.
@@ -508,8 +585,8 @@ __global__ void __launch_bounds__(FwdLayout<T, kHeadDim, kHeadDimV, kWhich>::kTh
   const int warpgroup = ptx::warpgroup_index();
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Layout::kRegisters.producer>();
-    if (threadIdx.x == 0)
-      FwdProducer<T, kHeadDim, kHeadDimV, kWhich>(p, launch, smem_base).run(smem);
+    if (threadIdx.x == 0) FwdLoader<Layout>(p, launch, smem_base).run(smem);
+    if (threadIdx.x == kWarpSize) FwdScheduler<T, Layout>{p, launch}.run(smem, smem_base);
   } else {
     ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
     FwdConsumer<T, kHeadDim, kHeadDimV, kWhich>(p, launch, smem_base, warpgroup - 1).run(smem);
@@ -530,9 +607,13 @@ cudaError_t encode_tensor_maps(const FwdParams& p, FwdLaunch& launch) {
                                    p.num_heads_kv, p.head_dim);
   const HeadTensor v = head_tensor(p.v, p.v_strides, p.seqlens_k, p.total_k, p.batch_size,
                                    p.num_heads_kv, p.head_dim_v);
+  const HeadTensor out = head_tensor(p.out, p.out_strides, p.seqlens_q, p.total_q, p.batch_size,
+                                     p.num_heads_q, p.head_dim_v);
   cudaError_t error = encode_tensor_map(launch.q, p.dtype, q, Layout::kRows);
   if (error == cudaSuccess) error = encode_tensor_map(launch.k, p.dtype, k, Layout::kTile.tile_n);
   if (error == cudaSuccess) error = encode_tensor_map(launch.v, p.dtype, v, Layout::kTile.tile_n);
+  if (error == cudaSuccess && Layout::kStoresByTma)
+    error = encode_tensor_map(launch.out, p.dtype, out, Layout::kRows);
   return error;
 }
 
