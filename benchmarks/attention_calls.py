@@ -33,6 +33,7 @@ class Problem:
     head_dim: int
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
+    head_dim_v: int | None = None  # None: head_dim
 
     def pairs(self) -> float:
         """(query, key) pairs of one head that count as work; causal: half of all, by convention."""
@@ -51,15 +52,17 @@ class Problem:
 
     def flops(self) -> float:
         """Of the forward: q k^T and p v."""
-        return 4 * self.batch_size * self.num_heads * self.head_dim * self.pairs()
+        head_dims = self.head_dim + (self.head_dim_v or self.head_dim)
+        return 2 * self.batch_size * self.num_heads * head_dims * self.pairs()
 
     def tensors(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """q, k, v, random, leaves."""
         q = (self.batch_size, self.seqlen, self.num_heads, self.head_dim)
-        kv = (self.batch_size, self.seqlen, self.num_heads_kv, self.head_dim)
+        k = (self.batch_size, self.seqlen, self.num_heads_kv, self.head_dim)
+        v = (*k[:3], self.head_dim_v or self.head_dim)
         return [
             torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-            for shape in (q, kv, kv)
+            for shape in (q, k, v)
         ]
 
 

@@ -7,7 +7,8 @@ Sections, each with a result file benchmarks/results/<device>/attention_<section
     dense    16,384 tokens, heads * head_dim = 2048, lengths 512 to 16384, causal or not
     gqa      grouped query heads
     varlen   packed sequences
-    window   a window of 1024 keys at length 16384, beside the full attention of the same call
+    shapes   few heads, head_dim 192 with head_dim_v 128, 262,144 tokens in one sequence
+    window   windows of 128 and 1024 keys at length 16384, beside the same call without
     extras   softcap, ALiBi and dropout beside the plain call, head_dim 128, length 8192
     host     microseconds of the host for one call
     memory   peak of forward and backward up to 64k tokens, beside plain PyTorch
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import os
 import random
@@ -156,24 +158,46 @@ def varlen(setup: Setup) -> Iterator[Json]:
             yield {**show(row, what), "case": what}
 
 
+def shapes(setup: Setup) -> Iterator[Json]:
+    problems = {
+        **{
+            f"{heads} heads, d 128, length 8192{', causal' if causal else ''}": Problem(
+                1, 8192, heads, heads, 128, causal
+            )
+            for heads in (2, 4, 8)
+            for causal in (False, True)
+        },
+        **{
+            f"d 192, of v 128, length {seqlen}{', causal' if causal else ''}": Problem(
+                TOKENS // seqlen, seqlen, 16, 16, 192, causal, head_dim_v=128
+            )
+            for seqlen in (512, 2048, 8192)
+            for causal in (False, True)
+        },
+        "2 / 1 heads, d 128, length 262144, causal": Problem(1, 2**18, 2, 1, 128, causal=True),
+    }
+    for what, problem in problems.items():
+        for row in timed(setup, problem, PROVIDERS):
+            yield {**show(row, what), "case": what}
+
+
 def window(setup: Setup) -> Iterator[Json]:
     """Windowed and full calls alternate; full_over_window is how much faster the window is."""
-    for head_dim in (64, 128):
-        for causal in (False, True):
-            heads = HIDDEN // head_dim
-            full = Problem(1, 16384, heads, heads, head_dim, causal)
-            left, right = (1024, 0) if causal else (512, 512)
-            windowed = dataclasses.replace(full, window=(left, right))
-            builders = {
-                "ours": ours,
-                "ours_full": lambda problem, tensors, full=full: ours(full, tensors),
-            }
-            for row in timed(setup, windowed, builders):
-                row["tflops"].pop("ours_full")
-                row["full_over_window"] = round(row["ms"]["ours_full"] / row["ms"]["ours"], 3)
-                show(row, f"d {head_dim}{', causal' if causal else ''}, window {left}, {right}")
-                print(f"    {row['full_over_window']:.2f}x faster than full attention")
-                yield row
+    for head_dim, causal, keys in itertools.product((64, 128), (False, True), (128, 1024)):
+        heads = HIDDEN // head_dim
+        full = Problem(1, 16384, heads, heads, head_dim, causal)
+        left, right = (keys, 0) if causal else (keys // 2, keys // 2)
+        windowed = dataclasses.replace(full, window=(left, right))
+        builders = {
+            "ours": ours,
+            "ours_full": lambda problem, tensors, full=full: ours(full, tensors),
+        }
+        for row in timed(setup, windowed, builders):
+            row["tflops"].pop("ours_full")
+            row["full_over_window"] = round(row["ms"]["ours_full"] / row["ms"]["ours"], 3)
+            show(row, f"d {head_dim}{', causal' if causal else ''}, window {left}, {right}")
+            print(f"    {row['full_over_window']:.2f}x faster than full attention")
+            yield row
 
 
 def extras(setup: Setup) -> Iterator[Json]:
@@ -292,7 +316,8 @@ def memory(setup: Setup) -> Iterator[Json]:
 
 
 SECTIONS: dict[str, Callable[[Setup], Iterator[Json]]] = {
-    section.__name__: section for section in (dense, gqa, varlen, window, extras, host, memory)
+    section.__name__: section
+    for section in (dense, gqa, varlen, shapes, window, extras, host, memory)
 }
 
 

@@ -190,6 +190,10 @@ def varlen_table(rows: Rows) -> str:
     )
 
 
+def shapes_table(rows: Rows) -> str:
+    return speed_table(rows, ["case", "batch"], lambda r: (r["case"], r["batch_size"]))
+
+
 def window_table(rows: Rows) -> str:
     header = ["pass", "head_dim", "mask", "window", "ms", "ms of full", "times as fast"]
     lines = [
@@ -264,6 +268,7 @@ ATTENTION: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "dense": ("16,384 tokens, heads * head_dim = 2048", dense_table),
     "gqa": ("Grouped query heads, batch 2", gqa_table),
     "varlen": ("Packed sequences", varlen_table),
+    "shapes": ("Few heads, uneven head dimensions, a long sequence", shapes_table),
     "window": ("Windows at length 16384", window_table),
     "extras": ("Options beside the plain call, batch 2, 16 heads", extras_table),
     "host": ("Host time of one call", host_table),

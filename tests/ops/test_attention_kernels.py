@@ -214,10 +214,11 @@ def test_out_is_written_in_place(margin: tuple[int, int], head_dim_v: int) -> No
 
 
 @DTYPES
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("options", ["plain", "causal", "softcap_large", "alibi"])
 @pytest.mark.parametrize("scores", HARD)
-def test_hard_scores(scores: str, options: str, dtype: torch.dtype) -> None:
-    problem = case(dtype, seqlen_q=200, seqlen_k=530, **OPTIONS[options])
+def test_hard_scores(scores: str, options: str, head_dim: int, dtype: torch.dtype) -> None:
+    problem = case(dtype, head_dim=head_dim, seqlen_q=200, seqlen_k=530, **OPTIONS[options])
     inputs = HARD[scores](problem)
     check_fixed(problem, DEVICE, FORWARD, inputs)
     out, lse, _ = forward(
@@ -284,12 +285,15 @@ def test_dmask_of_packed_sequences() -> None:
         assert not dmask[batch, :, :, cols:].count_nonzero()
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_bitwise_repeatable(head_dim: int) -> None:
-    problem = case(seqlen_q=700, seqlen_k=900, head_dim=head_dim, head_dim_v=head_dim, **EVERYTHING)
+@pytest.mark.parametrize("options", ["plain", "causal", "everything"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_bitwise_repeatable(head_dim: int, options: str) -> None:
+    problem = case(
+        seqlen_q=700, seqlen_k=900, head_dim=head_dim, head_dim_v=head_dim, **OPTIONS[options]
+    )
     inputs = problem.inputs(DEVICE)
     first = forward(problem, inputs)
-    for _ in range(100):
+    for _ in range(1000):
         for a, b in zip(forward(problem, inputs), first, strict=True):
             assert torch.equal(a, b)
 
@@ -337,6 +341,24 @@ def test_more_than_2_31_elements(varlen: bool) -> None:
         plain = attention_reference(q[:, rows], k, v, upcast=False)
         assert_close_2x(out[:, rows], expected.out, plain.out)
         assert_close_2x(lse[:, :, rows], expected.lse, plain.lse, name="lse")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_million_tokens(head_dim: int) -> None:
+    """One causal sequence of two query heads on one KV head; its first and last rows."""
+    require(NEEDS_GPU_MEMORY)
+    seqlen = 1_000_000
+    q = torch.randn(1, seqlen, 2, head_dim, device=DEVICE).to(BF16)
+    k, v = (torch.randn(1, seqlen, 1, head_dim, device=DEVICE).to(BF16) for _ in range(2))
+    scores = (None, None, head_dim**-0.5, -1, 0, 0.0, 0.0)
+    out, lse, _ = op("fwd")(q, k, v, *scores, False, 0, 0)
+    for first, last in ((0, 130), (seqlen - 8, seqlen)):
+        keys = slice(0, last)  # bottom-right: row last - 1 sees all of them
+        inputs = q[:, first:last], k[:, keys], v[:, keys]
+        expected = attention_reference(*inputs, causal=True)
+        plain = attention_reference(*inputs, causal=True, upcast=False)
+        assert_close_2x(out[:, first:last], expected.out, plain.out)
+        assert_close_2x(lse[:, :, first:last], expected.lse, plain.lse, name="lse")
 
 
 def _calls() -> dict[str, Callable[[], tuple[Tensor, ...]]]:
