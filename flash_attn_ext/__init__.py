@@ -14,6 +14,7 @@ from flash_attn_ext import _installed
 
 if not _installed.redirect(__name__):
     import importlib
+    import os
     from typing import Any
 
     from flash_attn_ext import _flops, _load
@@ -36,6 +37,8 @@ if not _installed.redirect(__name__):
 
     _load.load()
     _flops.register()
+    if os.environ.get("FLASH_ATTN_EXT_SDPA", "0") not in ("", "0"):
+        importlib.import_module("flash_attn_ext.integrations.sdpa").activate()
 
     _LAZY = {"explain": "flash_attn_ext.plans"}
     """Public name -> the module that has it, imported at first use."""

@@ -27,6 +27,7 @@ NEEDS_NVCC = "needs nvcc"
 NEEDS_CXX = "needs a C++ compiler (g++)"
 NEEDS_GIT_CHECKOUT = "needs a git checkout"
 NEEDS_LINUX = "needs Linux"
+NEEDS_TORCH_2_11 = "needs torch >= 2.11"
 
 
 def _lacks_library() -> bool:
@@ -68,6 +69,7 @@ ALLOWED_SKIPS: dict[str, Callable[[], bool]] = {
         or not os.path.exists(os.path.join(os.path.dirname(__file__), "..", ".git"))
     ),
     NEEDS_LINUX: lambda: sys.platform != "linux",
+    NEEDS_TORCH_2_11: lambda: torch.torch_version.TorchVersion(torch.__version__) < (2, 11),
 }
 """Reason of a skip -> whether this machine really lacks the thing."""
 
