@@ -254,7 +254,8 @@ def main() -> None:
             "flash_attn_ext._build_tools",
         ],
         package_dir={"flash_attn_ext._build_tools": "build_tools"},
-        package_data={"flash_attn_ext": ["py.typed"]},
+        # compat/fa2 and fa3 are no packages: they are put on sys.path, metadata included.
+        package_data={"flash_attn_ext": ["py.typed", "compat/fa2/**/*", "compat/fa3/**/*"]},
         distclass=BinaryDistribution,
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
         **details,
