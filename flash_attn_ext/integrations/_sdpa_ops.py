@@ -102,13 +102,13 @@ def _forward(
         seed = torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=q.device)
         rng_state, state = seed, seed.view(torch.uint64)
     else:
-        rng_state, state = None, torch.empty((2,), dtype=torch.uint64, device=q.device)
+        rng_state, state = None, q.new_empty(2, dtype=torch.uint64)
     buffer = out if out.stride(-1) == 1 else torch.empty(out.shape, dtype=q.dtype, device=q.device)
     op = _varlen_fwd_out if lengths else _fwd_out
     lse, dmask = op(q, k, v, buffer, *lengths, None, rng_state, *options)
     if buffer is not out:
         out.copy_(buffer)
-    return lse, state, torch.empty((), dtype=torch.uint64, device=q.device), dmask
+    return lse, state, q.new_empty([], dtype=torch.uint64), dmask
 
 
 def _backward(
