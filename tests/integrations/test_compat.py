@@ -12,15 +12,25 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import blocks as blocks_of_text
 import pytest
 import torch
-from helpers import assert_equals, cu_seqlens, int32, needs_module, randn, require
+from helpers import (
+    NEEDS_TORCH_2_11,
+    assert_equals,
+    cu_seqlens,
+    int32,
+    needs_module,
+    randn,
+    require,
+)
 from torch import Tensor
 
 import flash_attn_ext as fa
 from flash_attn_ext import cli, compat
 from flash_attn_ext.cli import run as run_command
 from flash_attn_ext.compat import blocks
+from flash_attn_ext.integrations import sdpa
 from flash_attn_ext.layers import rotary
 
 REPOSITORY = Path(__file__).parents[2]
@@ -278,6 +288,18 @@ def test_rotary_of_triton_rotates_back(device: str) -> None:
     )
     back = apply_rotary(turned, *tables, offsets, interleaved=True, conjugate=True)
     assert_equals(back, x, 1e-5)
+
+
+def test_examples_of_the_docs() -> None:
+    text = (REPOSITORY / "docs" / "integrations.md").read_text(encoding="utf-8")
+    examples = blocks_of_text.fenced_code(text, "python")
+    assert len(examples) == 2
+    require(NEEDS_TORCH_2_11)
+    try:
+        for code in examples:
+            exec(compile(code, "integrations.md", "exec"), {"__name__": "docs"})
+    finally:
+        sdpa.restore()
 
 
 # ---- who may shadow whom ----------------------------------------------------------------------
