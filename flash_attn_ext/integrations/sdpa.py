@@ -117,9 +117,18 @@ class _Registration:
             for op, function in kernels.items():
                 self._replace(op, function, device.upper())
         self.order: list[int] | None = None
-        if prefer:
-            self.order = torch._C._get_sdp_priority_order()
-            torch._C._set_sdp_priority_order([_FLASH, *(x for x in self.order if x != _FLASH)])
+        if prefer and "cuda" in devices and torch.cuda.is_available():
+            # Now, or as soon as the process uses a GPU: a process that forks must not until then.
+            torch.cuda._lazy_call(self._prefer_flash)  # type: ignore[no-untyped-call]
+
+    def _prefer_flash(self) -> None:
+        if self.library is None:  # removed in the meantime
+            return
+        # Torch puts its own order in place at the first choice, over what was set before.
+        x = torch.empty((1, 1, 8, 64), dtype=torch.float16, device="cuda")
+        torch._fused_sdp_choice(x, x, x)
+        self.order = torch._C._get_sdp_priority_order()
+        torch._C._set_sdp_priority_order([_FLASH, *(x for x in self.order if x != _FLASH)])
 
     def _replace(self, op: str, function: Callable[..., Any], key: str) -> None:
         """Registers ``function(original, *arguments)`` for ``aten::op``."""
