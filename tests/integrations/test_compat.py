@@ -55,6 +55,16 @@ IMPORTED_BY_REAL_CODE = {
         "apply_rotary_emb_qkv_"
     ),
     "flash_attn.ops.triton.rotary": "apply_rotary",
+    "flash_attn.ops.triton.layer_norm": "RMSNorm layer_norm_fn rms_norm_fn",
+    "flash_attn.ops.triton.cross_entropy": "cross_entropy_loss",
+    "flash_attn.ops.layer_norm": "DropoutAddLayerNorm dropout_add_layer_norm layer_norm",
+    "flash_attn.ops.rms_norm": "DropoutAddRMSNorm RMSNorm dropout_add_rms_norm rms_norm",
+    "flash_attn.ops.activations": "swiglu",
+    "flash_attn.losses.cross_entropy": "CrossEntropyLoss",
+    "flash_attn.modules.mha": (
+        "MHA FlashSelfAttention FlashCrossAttention get_alibi_slopes "
+        "flash_attn_varlen_kvpacked_func"
+    ),
     "flash_attn_2_cuda": "fwd varlen_fwd bwd varlen_bwd fwd_kvcache",
     "flash_attn_interface": (
         "flash_attn_combine flash_attn_func flash_attn_qkvpacked_func flash_attn_varlen_func "
