@@ -28,6 +28,7 @@ from torch import Tensor
 
 import flash_attn_ext as fa
 from flash_attn_ext import cli, compat
+from flash_attn_ext.cli import _environment
 from flash_attn_ext.cli import run as run_command
 from flash_attn_ext.compat import blocks
 from flash_attn_ext.integrations import sdpa
@@ -396,6 +397,12 @@ def test_installation(
     assert "import flash_attn: these kernels" in capsys.readouterr().out
     assert cli.main(["compat", "remove"]) == 0
     assert not file.exists()
+
+
+def test_doctor_knows_its_own_alias() -> None:
+    assert "flash-attn" not in _environment.neighbours()
+    compat.enable()
+    assert _environment.neighbours()["flash-attn"].startswith("2.8.3 (these kernels")
 
 
 def test_where_it_is_installed() -> None:
