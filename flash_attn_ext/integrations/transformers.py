@@ -46,6 +46,9 @@ NAMES = (NAME, "flash_attn_ext2")
 _READY = "transformers.modeling_utils"
 """The module after whose import `register` can run."""
 
+_PAGED = "paged|"
+"""Before a name: attention of continuous batching."""
+
 _WITH_SINKS = frozenset({"flash_attention_4", "kernels-community/vllm-flash-attn3"})
 """Implementations that a model with attention sinks lists, because they compute them."""
 
@@ -90,6 +93,11 @@ def register() -> None:
     for name in NAMES:
         register_attention(name, functools.partial(attention_forward, attend, flash))
         register_mask(name, mask)
+    # Early versions 5 have entries of their own for continuous batching.
+    paged = modeling.AttentionInterface._global_mapping.get(f"{_PAGED}flash_attention_2")
+    if paged is not None:
+        for name in NAMES:
+            register_attention(_PAGED + name, paged)
 
 
 def _resolving_ours(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,7 +107,7 @@ def _resolving_ours(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def resolve(implementation: str | None, *args: Any, **kwargs: Any) -> Any:
-        if implementation is None or implementation.removeprefix("paged|") not in NAMES:
+        if implementation is None or implementation.removeprefix(_PAGED) not in NAMES:
             return original(implementation, *args, **kwargs)
         from .. import attention, bert_padding, kvcache
 
@@ -120,8 +128,11 @@ def _accepting_ours(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def check(model: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
         listed = getattr(model, "_compatible_flash_implementations", None) or ()
-        if attn_implementation in NAMES and not _WITH_SINKS.isdisjoint(listed):
-            model._compatible_flash_implementations = [*listed, *NAMES]
+        if (attn_implementation or "").removeprefix(_PAGED) in NAMES and not _WITH_SINKS.isdisjoint(
+            listed
+        ):
+            paged = (_PAGED + name for name in NAMES)
+            model._compatible_flash_implementations = [*listed, *NAMES, *paged]
         return original(model, attn_implementation, *args, **kwargs)
 
     return check
