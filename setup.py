@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from setuptools import Distribution, Extension, find_packages, setup
+from setuptools import Distribution, Extension, find_namespace_packages, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
@@ -251,10 +251,16 @@ def main() -> None:
         # build_tools goes along under the package: doctor asks it what a build here would find.
         packages=[
             *find_packages(include=["flash_attn_ext", "flash_attn_ext.*"]),
+            # Folders for sys.path, not packages, each with the metadata of what it stands for.
+            *find_namespace_packages(include=["flash_attn_ext.compat.fa[23]*"]),
             "flash_attn_ext._build_tools",
         ],
         package_dir={"flash_attn_ext._build_tools": "build_tools"},
-        package_data={"flash_attn_ext": ["py.typed"]},
+        package_data={
+            "flash_attn_ext": ["py.typed"],
+            "flash_attn_ext.compat.fa2": ["*.dist-info/*"],
+            "flash_attn_ext.compat.fa3": ["*.dist-info/*"],
+        },
         distclass=BinaryDistribution,
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
         **details,

@@ -14,6 +14,7 @@ from flash_attn_ext import _installed
 
 if not _installed.redirect(__name__):
     import importlib
+    import os
     from typing import Any
 
     from flash_attn_ext import _flops, _load
@@ -27,6 +28,7 @@ if not _installed.redirect(__name__):
         flash_attn_varlen_qkvpacked_func,
     )
     from flash_attn_ext.errors import FallbackWarning, UnsupportedError
+    from flash_attn_ext.integrations import transformers as _transformers
     from flash_attn_ext.kvcache import (
         flash_attn_combine,
         flash_attn_with_kvcache,
@@ -36,6 +38,9 @@ if not _installed.redirect(__name__):
 
     _load.load()
     _flops.register()
+    _transformers.register_when_imported()
+    if os.environ.get("FLASH_ATTN_EXT_SDPA", "0") not in ("", "0"):
+        importlib.import_module("flash_attn_ext.integrations.sdpa").activate()
 
     _LAZY = {"explain": "flash_attn_ext.plans"}
     """Public name -> the module that has it, imported at first use."""

@@ -19,7 +19,8 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
     """The inverse of index_first_axis: [k, ...] and [k] give [first_axis_dim, ...], 0 elsewhere."""
-    return values.new_zeros(first_axis_dim, *values.shape[1:]).index_copy(0, indices, values)
+    zeros = values.new_zeros(first_axis_dim, *values.shape[1:])
+    return zeros.index_copy(0, indices.long(), values)
 
 
 def unpad_input(

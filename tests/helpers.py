@@ -8,6 +8,7 @@ has the thing cannot skip silently.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -27,6 +28,8 @@ NEEDS_NVCC = "needs nvcc"
 NEEDS_CXX = "needs a C++ compiler (g++)"
 NEEDS_GIT_CHECKOUT = "needs a git checkout"
 NEEDS_LINUX = "needs Linux"
+NEEDS_TORCH_2_11 = "needs torch >= 2.11"
+NEEDS_TRANSFORMERS_5_23 = "needs transformers >= 5.23"
 
 
 def _lacks_library() -> bool:
@@ -55,6 +58,14 @@ def _lacks_nvcc() -> bool:
     )
 
 
+def _lacks_transformers(*oldest: int) -> bool:
+    try:
+        version = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return tuple(int(x) for x in version.split(".")[:2]) < oldest
+
+
 ALLOWED_SKIPS: dict[str, Callable[[], bool]] = {
     NEEDS_CUDA: lambda: not torch.cuda.is_available(),
     NEEDS_TWO_GPUS: lambda: torch.cuda.device_count() < 2,
@@ -67,7 +78,9 @@ ALLOWED_SKIPS: dict[str, Callable[[], bool]] = {
         shutil.which("git") is None
         or not os.path.exists(os.path.join(os.path.dirname(__file__), "..", ".git"))
     ),
+    NEEDS_TRANSFORMERS_5_23: lambda: _lacks_transformers(5, 23),
     NEEDS_LINUX: lambda: sys.platform != "linux",
+    NEEDS_TORCH_2_11: lambda: torch.torch_version.TorchVersion(torch.__version__) < (2, 11),
 }
 """Reason of a skip -> whether this machine really lacks the thing."""
 
@@ -75,6 +88,9 @@ ALLOWED_SKIPS: dict[str, Callable[[], bool]] = {
 def needs_module(name: str) -> str:
     """The allowed reason of a test that needs an optional Python module."""
     return f"needs the Python module {name}"
+
+
+NEEDS_TRANSFORMERS = needs_module("transformers")
 
 
 @functools.cache

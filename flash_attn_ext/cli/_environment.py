@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from flash_attn_ext import _load
+from flash_attn_ext import _load, compat
 from flash_attn_ext._version import __version__
 from flash_attn_ext.cli._build_tools import jobs, toolchain
 from flash_attn_ext.errors import FallbackWarning, UnsupportedError
@@ -194,6 +194,15 @@ def try_cuda() -> str | None:
     return None if wrong < 1e-6 else f"combine of ones is wrong by {wrong}"
 
 
+def neighbours() -> dict[str, str]:
+    """Versions of the packages in NEIGHBOURS; says which flash-attn is this package's own alias."""
+    versions = installed_versions(NEIGHBOURS)
+    for name, fa3 in (("flash-attn", False), ("flash-attn-3", True)):
+        if name in versions and compat.is_enabled(fa3):
+            versions[name] += " (these kernels, see compat status)"
+    return versions
+
+
 def installed_versions(names: Sequence[str]) -> dict[str, str]:
     """Versions of those distributions that are installed."""
     versions = {}
@@ -258,6 +267,6 @@ def collect() -> Environment:
         jobs_reason=build_jobs.reason,
         memory_gib=min(jobs.available_memory_gib(root), jobs.cgroup_memory_gib(root)),
         disk_gib=shutil.disk_usage(tempfile.gettempdir()).free / (1 << 30),
-        neighbours=installed_versions(NEIGHBOURS),
+        neighbours=neighbours(),
         variables=relevant_variables(os.environ),
     )

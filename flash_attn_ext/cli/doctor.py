@@ -336,6 +336,7 @@ RUNTIME_VARIABLES: dict[str, tuple[str, ...]] = {
     "FLASH_ATTN_EXT_BACKEND": ("auto", "tiled"),
     "FLASH_ATTN_EXT_DEBUG": ("0", "1"),
     "FLASH_ATTN_EXT_FALLBACK": ("warn", "allow", "error"),
+    "FLASH_ATTN_EXT_SDPA": ("0", "1"),
     "FLASH_ATTN_EXT_SMEM_KB": (),
     "FLASH_ATTN_EXT_SOURCE_TREE": (),
 }

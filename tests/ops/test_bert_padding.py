@@ -77,3 +77,12 @@ def test_index_functions(device: str) -> None:
     assert_equals(back[[0, 2, 3, 5]], torch.zeros(4, 3, device=device), 0.0)
     (gradient,) = torch.autograd.grad(back.sum(), x)
     assert gradient[:, 0].tolist() == [0.0, 1.0, 0.0, 0.0, 1.0, 0.0]
+
+
+def test_int32_indices(device: str) -> None:
+    """As flash-attn takes them; transformers has such in a decoding step."""
+    x = randn(3, 2, device=device)
+    indices = torch.tensor([4, 0, 2], dtype=torch.int32, device=device)
+    padded = index_put_first_axis(x, indices, 6)
+    assert torch.equal(padded[indices], x)
+    assert torch.equal(index_first_axis(padded, indices), x)

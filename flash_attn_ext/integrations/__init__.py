@@ -1,0 +1,1 @@
+"""Adapters that put these kernels under other libraries; none is imported or active by itself."""

@@ -1,0 +1,1 @@
+"""Operations around attention that users of flash-attn import, in PyTorch operations."""
