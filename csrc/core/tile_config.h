@@ -373,4 +373,45 @@ static_assert(warpgroup_registers_fit(1) && warpgroup_registers_fit(2) &&
 static_assert(bwd_registers_fit(sm90_bwd_registers(96)) &&
               bwd_registers_fit(sm90_bwd_registers(128)));
 
+// Decode: a CTA of four warps streams blocks of kDecodeTileN keys through a ring of units, a unit
+// being the keys or the values of a block. Rows are query heads of one KV head and their queries.
+constexpr int kDecodeTileN = 64;
+constexpr int kDecodeThreads = 128;
+constexpr int kDecodeFewRows = 16;   // every warp has all rows and a quarter of the keys of a block
+constexpr int kDecodeManyRows = 64;  // every warp has 16 rows and all keys
+constexpr int kDecodeMaxCtas = 384;  // of one launch: two on each SM of the largest GPU
+
+// Units in the ring: 96 KB of shared memory, two CTAs on an SM of 228 KB, one on one of 100. From
+// 192 on part of that is Q's, which has no room in registers.
+FA_HD constexpr int decode_num_units(int head_dim) {
+  switch (built_head_dim(head_dim)) {
+    case 64: return 12;
+    case 96: return 8;
+    case 128: return 6;
+    case 192: return 3;
+    case 256: return 2;
+  }
+  return 0;
+}
+// Dynamic shared memory: the ring and Q, or the results that leave through it, whose rows are 16
+// bytes longer to lie in different banks.
+FA_HD constexpr bool decode_q_in_regs(int head_dim) {
+  return built_head_dim(head_dim) <= 128;  // beyond, O takes up to 128 registers of a thread
+}
+FA_HD constexpr int decode_smem_bytes(int head_dim, int tile_m) {
+  const int row_bytes = 2 * built_head_dim(head_dim);
+  const int ring = decode_num_units(head_dim) * kDecodeTileN * row_bytes;
+  return max(ring + (decode_q_in_regs(head_dim) ? 0 : tile_m * row_bytes),
+             kDecodeManyRows * (2 * row_bytes + 16));
+}
+
+// 4-byte words that a launch needs for partial results: two tiles for each CTA
+// (core/decode_schedule.h), of each row the output, the maximum and the sum; and a counter for each.
+FA_HD constexpr int64_t decode_partial_words(int num_ctas, int tile_m, int head_dim) {
+  return int64_t{2} * num_ctas * tile_m * (built_head_dim(head_dim) + 2);
+}
+FA_HD constexpr int64_t decode_workspace_words(int num_ctas, int tile_m, int head_dim) {
+  return decode_partial_words(num_ctas, tile_m, head_dim) + num_ctas;
+}
+
 }  // namespace fa
