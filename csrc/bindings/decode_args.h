@@ -143,6 +143,10 @@ inline Tensor launch_decode(const DecodeKernel& kernel, const DecodeArgs& a, con
   p.tile_m = plan.tile_m;
   p.num_splits = problem.num_splits;
   p.num_ctas = static_cast<int>(plan.num_ctas);
+  if (a.sm_margin > 0) {
+    const int64_t sms = device_facts(a.device_index()).num_sms - a.sm_margin;
+    p.num_ctas = static_cast<int>(min(plan.num_ctas, kDecodeCtasPerSm * max<int64_t>(sms, 1)));
+  }
   p.dtype = problem.dtype;
   Tensor workspace = new_tensor(a.q, {plan.workspace_bytes / 4}, ScalarType::Float);
   p.partial = static_cast<float*>(workspace.data_ptr());

@@ -379,36 +379,45 @@ constexpr int kDecodeTileN = 64;
 constexpr int kDecodeThreads = 128;
 constexpr int kDecodeFewRows = 16;   // every warp has all rows and a quarter of the keys of a block
 constexpr int kDecodeManyRows = 64;  // every warp has 16 rows and all keys
-constexpr int kDecodeMaxCtas = 384;  // of one launch: two on each SM of the largest GPU
+constexpr int kDecodeCtasPerSm = 2;  // at a time; their registers leave room for no third
+constexpr int kDecodeMaxCtas = 384;  // of one launch: those of 192 SMs
 
-// Units in the ring: 96 KB of shared memory, two CTAs on an SM of 228 KB, one on one of 100. From
-// 192 on part of that is Q's, which has no room in registers.
+
+// Up to 128, the ring runs on into the next tile while the results of one leave; beyond, they leave
+// through the ring, and Q, which has no room in registers, has a place of its own.
+FA_HD constexpr bool decode_runs_ahead(int head_dim) {
+  return built_head_dim(head_dim) <= 128;
+}
+// Units in the ring. 97 KB of shared memory in all: two CTAs on an SM of 228 KB, one on one of 100.
 FA_HD constexpr int decode_num_units(int head_dim) {
   switch (built_head_dim(head_dim)) {
-    case 64: return 12;
-    case 96: return 8;
-    case 128: return 6;
+    case 64: return 10;
+    case 96: return 6;
+    case 128: return 4;
     case 192: return 3;
     case 256: return 2;
   }
   return 0;
 }
-// Dynamic shared memory: the ring and Q, or the results that leave through it, whose rows are 16
-// bytes longer to lie in different banks.
-FA_HD constexpr bool decode_q_in_regs(int head_dim) {
-  return built_head_dim(head_dim) <= 128;  // beyond, O takes up to 128 registers of a thread
+// A row of results in fp32: the sums, their maximum, their sum of weights, and two words that keep
+// rows in different banks.
+FA_HD constexpr int decode_result_words(int head_dim) {
+  return built_head_dim(head_dim) + 4;
 }
+FA_HD constexpr int decode_ring_bytes(int head_dim) {
+  return decode_num_units(head_dim) * kDecodeTileN * 2 * built_head_dim(head_dim);
+}
+// Dynamic shared memory of a CTA.
 FA_HD constexpr int decode_smem_bytes(int head_dim, int tile_m) {
-  const int row_bytes = 2 * built_head_dim(head_dim);
-  const int ring = decode_num_units(head_dim) * kDecodeTileN * row_bytes;
-  return max(ring + (decode_q_in_regs(head_dim) ? 0 : tile_m * row_bytes),
-             kDecodeManyRows * (2 * row_bytes + 16));
+  const int results = kDecodeManyRows * decode_result_words(head_dim) * 4;
+  const int ring = decode_ring_bytes(head_dim);
+  return decode_runs_ahead(head_dim) ? ring + results
+                                     : max(results, ring + tile_m * 2 * built_head_dim(head_dim));
 }
-
-// 4-byte words that a launch needs for partial results: two tiles for each CTA
-// (core/decode_schedule.h), of each row the output, the maximum and the sum; and a counter for each.
+// 4-byte words of global memory that a launch needs: results of two tiles for each CTA
+// (core/decode_schedule.h), and a counter for each.
 FA_HD constexpr int64_t decode_partial_words(int num_ctas, int tile_m, int head_dim) {
-  return int64_t{2} * num_ctas * tile_m * (built_head_dim(head_dim) + 2);
+  return int64_t{2} * num_ctas * tile_m * decode_result_words(head_dim);
 }
 FA_HD constexpr int64_t decode_workspace_words(int num_ctas, int tile_m, int head_dim) {
   return decode_partial_words(num_ctas, tile_m, head_dim) + num_ctas;

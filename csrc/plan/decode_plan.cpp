@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 constexpr int kVectorElements = 8;  // 16 bytes of 16-bit elements, which the kernel copies at once
-constexpr int kCtasPerSm = 2;       // at a time; their registers leave room for no third
 
 int group_size(const Problem& p) {
   return p.num_heads_q / max(p.num_heads_kv, 1);
@@ -71,7 +70,7 @@ Plan decode_plan(const Problem& p, const DeviceFacts& device) {
   plan.num_threads = kDecodeThreads;
   plan.vectorized = true;
   plan.smem_bytes = decode_smem_bytes(built_size(p), plan.tile_m);
-  const int64_t resident = int64_t{kCtasPerSm} * device.num_sms;
+  const int64_t resident = int64_t{kDecodeCtasPerSm} * device.num_sms;
   const int64_t useful = p.num_splits == 1 ? num_tiles(p) : num_positions(p);
   plan.num_ctas = min(useful, min<int64_t>(resident, kDecodeMaxCtas));
   plan.num_splits = p.num_splits;

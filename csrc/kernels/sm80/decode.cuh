@@ -7,10 +7,12 @@
 // 16 rows: every warp computes all of them with its own quarter of each block, the four results are
 // merged at the end, and no warp waits for another in the loop. 64 rows: 16 to a warp, keys shared.
 // Memory: a ring of units [64, head_dim], keys and values of a block by turns, rows swizzled; each
-// warp copies 16 keys of every unit. The results leave through the ring, in fp32.
+// warp copies 16 keys of every unit. Behind it the results, one row of fp32 for each row of each
+// warp; while they are merged and stored, the ring fills with the blocks of the next tile.
 // A tile that is cut leaves partial results in global memory; the last CTA of a tile to arrive
 // merges them, so one launch does everything. Lengths, pages and the split are read and computed on
-// the device. Numbers: docs/performance/decode.md.
+// the device. A short call is bound by latency, instructions fetched for the first time included, so
+// what runs once is kept short. Numbers: docs/performance/decode.md.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -39,12 +41,6 @@ namespace fa {
 #ifndef DECODE_MIN_BLOCKS
 #define DECODE_MIN_BLOCKS 1
 #endif
-#ifndef DECODE_BOUNDS
-#define DECODE_BOUNDS 2
-#endif
-#ifndef DECODE_UNITS
-#define DECODE_UNITS(d) decode_num_units(d)
-#endif
 
 // What the launcher adds to the parameters.
 struct DecodeLaunch {
@@ -72,14 +68,12 @@ struct DecodeItem {
   int head_kv;
   int begin, end;
   int first_cta, last_cta;  // that share the tile
-  const void* k;            // token 0 of the sequence and head; paged: of page 0
-  const void* v;
-  const int* pages;  // of the sequence
+  int cache;                // row of the cache, or of the page table
 };
 
 // Where a CTA stands in the row of all blocks.
 struct DecodeCursor {
-  int entry, offset;  // (batch, m_block), and a position in its tiles
+  int entry, offset;  // (batch, m_block), and a position in its tiles or in those behind it
   int position, end;  // in all of them
   WorkSplit split;
 };
@@ -129,39 +123,37 @@ FA_DEVICE int tile_positions(const DecodeParams& p, const DecodeEntry& entry) {
 }
 
 // Shared memory beside the ring.
-template <int kTileM>
 struct DecodeShared {
-  DecodeItem items[2];  // of this turn and the next; end < 0: none
+  DecodeItem items[3];  // item i at i % 3: the one before, this one and the next; end < 0: none
   DecodeCursor cursor;
-  int warp_total[4], warp_longest[4];
-  float row_max[kDecodeManyRows], row_sum[kDecodeManyRows];
+  int warp_total[kDecodeThreads / kWarpSize], warp_longest[kDecodeThreads / kWarpSize];
   bool is_last;
 };
 
-// The share of this CTA: counts the positions of all entries, 128 threads side by side, and finds
-// the entry where the share begins. false: this CTA has none.
+// The share of this CTA: counts the positions of all entries, 128 threads side by side, and leaves a
+// cursor at the begin of the share. false: this CTA has none.
 template <int kTileM>
 FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch,
-                          DecodeShared<kTileM>& shared) {
-  const int num_entries = (p.batch_size + (p.seqlens_q.cu_seqlens != nullptr)) *
-                          launch.by_m_blocks.divisor();
+                          DecodeShared& shared) {
+  const int m_blocks = launch.by_m_blocks.divisor();
+  const int num_entries = (p.batch_size + (p.seqlens_q.cu_seqlens != nullptr)) * m_blocks;
   const int per_thread = ceil_div(num_entries, kDecodeThreads);
   const int first = threadIdx.x * per_thread, end = min(num_entries, first + per_thread);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   int sum = 0, longest = 0;
+#pragma unroll 1
   for (int at = first; at < end; ++at) {
     DecodeEntry entry;
-    if (!decode_entry<kTileM>(p, launch, at, entry)) {
-      // Nor has the sequence a later m_block.
-      at += launch.by_m_blocks.divisor() - 1 - entry.m_block;
-      continue;
+    if (decode_entry<kTileM>(p, launch, at, entry)) {
+      const int positions = tile_positions(p, entry);
+      sum += positions * p.num_heads_kv;
+      longest = max(longest, positions);
+    } else {
+      at += m_blocks - 1 - entry.m_block;  // nor has the sequence a later m_block
     }
-    const int positions = tile_positions(p, entry);
-    sum += positions * p.num_heads_kv;
-    longest = max(longest, positions);
   }
   int before = sum;
-  FA_UNROLL
+#pragma unroll 1
   for (int step = 1; step < kWarpSize; step *= 2) {
     const int other = __shfl_up_sync(0xffffffffu, before, step);
     if (lane >= step) before += other;
@@ -175,28 +167,18 @@ FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch,
   __syncthreads();  // the totals of all warps are there
   int total = 0;
   FA_UNROLL
-  for (int w = 0; w < 4; ++w) {
+  for (int w = 0; w < kDecodeThreads / kWarpSize; ++w) {
     if (w < warp) before += shared.warp_total[w];
     total += shared.warp_total[w];
     longest = max(longest, shared.warp_longest[w]);
   }
   if (total == 0) return false;
-  const WorkSplit split =
-      split_work(total, gridDim.x, DECODE_MIN_BLOCKS, p.num_splits, longest);
+  const WorkSplit split = split_work(total, gridDim.x, DECODE_MIN_BLOCKS, p.num_splits, longest);
   const int cta = blockIdx.x;
   if (cta >= split.num_parts) return false;
   const int begin = split.begin(cta);
-  if (before <= begin && begin < before + sum) {
-    int offset = begin - before, at = first;
-    for (;; ++at) {
-      DecodeEntry entry;
-      if (!decode_entry<kTileM>(p, launch, at, entry)) continue;
-      const int positions = tile_positions(p, entry) * p.num_heads_kv;
-      if (offset < positions) break;
-      offset -= positions;
-    }
-    shared.cursor = {at, offset, begin, split.begin(cta + 1), split};
-  }
+  if (before <= begin && begin < before + sum)
+    shared.cursor = {first, begin - before, begin, split.begin(cta + 1), split};
   __syncthreads();  // the cursor is there
   return true;
 }
@@ -205,41 +187,32 @@ FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch,
 template <class T, int kTileM>
 FA_DEVICE void next_item(const DecodeParams& p, const DecodeLaunch& launch, DecodeCursor& cursor,
                          DecodeItem& item) {
-  if (cursor.position == cursor.end) {
-    item.end = -1;
-    return;
+  item.end = -1;
+  if (cursor.position == cursor.end) return;
+  DecodeEntry& entry = item.entry;
+  int at = cursor.entry, offset = cursor.offset, positions;
+#pragma unroll 1
+  for (;; ++at) {
+    if (!decode_entry<kTileM>(p, launch, at, entry)) continue;
+    positions = tile_positions(p, entry);
+    if (offset < positions * p.num_heads_kv) break;
+    offset -= positions * p.num_heads_kv;
   }
-  while (!decode_entry<kTileM>(p, launch, cursor.entry, item.entry)) ++cursor.entry;
-  const DecodeEntry& entry = item.entry;
-  const int positions = tile_positions(p, entry);
-  item.head_kv = cursor.offset / positions;
-  const int first = cursor.offset - item.head_kv * positions;
+  item.head_kv = offset / positions;
+  const int first = offset - item.head_kv * positions;
   const int count = min(positions - first, cursor.end - cursor.position);
-  const BlockRange& blocks = entry.blocks;
-  item.begin = blocks.begin + first;
-  item.end = p.num_splits == 1 ? blocks.end : min(blocks.end, item.begin + count);
+  item.begin = entry.blocks.begin + first;
+  item.end = p.num_splits == 1 ? entry.blocks.end : min(entry.blocks.end, item.begin + count);
   const int tile_begin = cursor.position - first;
   item.first_cta = cursor.split.part_of(tile_begin);
   item.last_cta = cursor.split.part_of(tile_begin + positions - 1);
+  cursor.entry = at;
+  cursor.offset = offset + count;
   cursor.position += count;
-  cursor.offset += count;
-  if (cursor.offset == positions * p.num_heads_kv) {
-    ++cursor.entry;
-    cursor.offset = 0;
-  }
   if (entry.batch >= p.batch_size) return;
-  const int row = p.cache_batch_idx == nullptr ? entry.batch : p.cache_batch_idx[entry.batch];
   const bool paged = p.page_table != nullptr;
-  const int cache = paged ? 0 : clamp(row, 0, p.num_caches - 1);
-  const int leftpad = paged ? 0 : entry.k_seq.leftpad;
-  item.k = static_cast<const T*>(p.k) + element_offset(p.k_strides.batch, p.k_strides.token,
-                                                       p.k_strides.head, cache, leftpad,
-                                                       item.head_kv);
-  item.v = static_cast<const T*>(p.v) + element_offset(p.v_strides.batch, p.v_strides.token,
-                                                       p.v_strides.head, cache, leftpad,
-                                                       item.head_kv);
-  if (paged)
-    item.pages = p.page_table + clamp(row, 0, p.page_table_rows - 1) * p.page_table_batch_stride;
+  const int row = p.cache_batch_idx == nullptr ? entry.batch : p.cache_batch_idx[entry.batch];
+  item.cache = clamp(row, 0, (paged ? p.page_table_rows : p.num_caches) - 1);
 }
 
 // Online softmax of two rows of a lane, as attention/softmax.h, in log2 units. Every row moves its
@@ -303,21 +276,32 @@ struct RowSoftmax {
 };
 
 // Four columns of a row, merged from results over disjoint sets of keys. Maxima in log2 units.
-struct RowMerge {
-  float acc[4] = {};
+struct MergedRow {
+  float4 acc = {0.f, 0.f, 0.f, 0.f};
   float sum = 0.f, max = -INFINITY;
 
-  FA_DEVICE void add(float part_max, float part_sum, float4 part) {
-    if (part_max == -INFINITY) return;
-    const float new_max = fmaxf(max, part_max);
-    const float rescale = ptx::ex2_approx_ftz(max - new_max);
-    const float weight = ptx::ex2_approx_ftz(part_max - new_max);
-    max = new_max;
-    sum = sum * rescale + weight * part_sum;
-    acc[0] = acc[0] * rescale + weight * part.x;
-    acc[1] = acc[1] * rescale + weight * part.y;
-    acc[2] = acc[2] * rescale + weight * part.z;
-    acc[3] = acc[3] * rescale + weight * part.w;
+  // results: that of part 0, a row of decode_result_words(kHeadDim) floats.
+  template <int kHeadDim>
+  FA_DEVICE void add(const float* results, int part_stride, int num_parts, int col) {
+    const float* statistics = results + kHeadDim;
+    const float old_max = max;
+#pragma unroll 4
+    for (int part = 0; part < num_parts; ++part) max = fmaxf(max, statistics[part * part_stride]);
+    const float reference = finite_max(max);
+    const float rescale = ptx::ex2_approx_ftz(old_max - reference);
+    sum *= rescale;
+    acc = {acc.x * rescale, acc.y * rescale, acc.z * rescale, acc.w * rescale};
+#pragma unroll 4
+    for (int part = 0; part < num_parts; ++part) {
+      const float2 x = *reinterpret_cast<const float2*>(statistics + part * part_stride);
+      const float4 o = *reinterpret_cast<const float4*>(results + part * part_stride + col);
+      const float weight = ptx::ex2_approx_ftz(x.x - reference);
+      sum += weight * x.y;
+      acc.x += weight * o.x;
+      acc.y += weight * o.y;
+      acc.z += weight * o.z;
+      acc.w += weight * o.w;
+    }
   }
 };
 
@@ -327,111 +311,114 @@ struct DecodeCta {
   static constexpr int kKeyParts = kTileM == kDecodeFewRows ? kWarps : 1;
   static constexpr int kWarpKeys = kDecodeTileN / kKeyParts;
   static constexpr int kN = kWarpKeys / 8, kD = kHeadDim / 8, kSteps = kHeadDim / 16;
-  static constexpr int kUnits = DECODE_UNITS(kHeadDim);
+  static constexpr int kUnits = decode_num_units(kHeadDim);
+  static constexpr bool kRunsAhead = decode_runs_ahead(kHeadDim);
+  static constexpr int kRingBytes = decode_ring_bytes(kHeadDim);
+  static constexpr int kSmemBytes = decode_smem_bytes(kHeadDim, kTileM);
+  static constexpr int kResultsBegin = kRunsAhead ? kRingBytes : 0;  // bytes
+  static constexpr int kResultWords = decode_result_words(kHeadDim);
+  static constexpr int kColumnGroups = kHeadDim / 4;  // of 4 columns, in a row of results
+  static constexpr bool kQInRegs = kRunsAhead;
   using Unit = SmemTile<kDecodeTileN, kHeadDim>;
+  using TileQ = SmemTile<kTileM, kHeadDim>;
   // A lane copies kChunks chunks of kRows keys of its warp's 16.
   static constexpr int kCopyKeys = kDecodeTileN / kWarps;
   static constexpr int kLanes = Unit::kRowBytes % 128 == 0 ? 8 : 4;
   static constexpr int kRowsPerPass = kWarpSize / kLanes;
   static constexpr int kRows = kCopyKeys / kRowsPerPass;
   static constexpr int kChunks = Unit::kChunksPerRow / kLanes;
-  static constexpr bool kQInRegs = decode_q_in_regs(kHeadDim);
-  using TileQ = SmemTile<kTileM, kHeadDim>;          // behind the ring
-  static constexpr int kOStride = kHeadDim + 4;  // floats; rows of O in shared memory
-  static constexpr int kSmemBytes = decode_smem_bytes(kHeadDim, kTileM);
 
   const DecodeParams& p;
   const DecodeLaunch& launch;
-  DecodeShared<kTileM>& shared;
-  float* smem_o;  // [64, kOStride], where the ring is
+  DecodeShared& shared;
+  char* smem_begin;
   uint32_t smem;
   int warp, lane;
 
-  // The item.
   AFragments<1, kQInRegs ? kSteps : 1> q;
-  int seqlen_k;
+  int index = 0;  // of the item that is computed
+  int slot = 0;   // of the unit that is computed next
 
   // The copies.
-  int copied_block;  // of the page below
-  int page, page_row;  // lanes below 16: where key `lane` of this warp's is
-  int load_slot;
+  int load_index = -1;  // of the item that is copied: index or the one behind
+  int load_block = 0, load_end = 0;
+  bool load_values = false;  // of the block, else its keys
+  int load_slot = 0;
+  int num_ahead = 0;        // units that are copied and not yet computed
+  int page = 0, page_row;  // lanes below 16: where key `lane` of this warp's 16 is
 
-  FA_DEVICE int first_row() const { return shared_entry().m_block * kTileM; }
-  const DecodeItem* item;
-  FA_DEVICE const DecodeEntry& shared_entry() const { return item->entry; }
+  FA_DEVICE const DecodeItem& item() const { return shared.items[index % 3]; }
+  FA_DEVICE int group() const { return launch.by_group.divisor(); }
+  FA_DEVICE int first_row() const { return item().entry.m_block * kTileM; }
+  // Where this warp's keys begin in a unit.
+  FA_DEVICE int key_row() const { return kKeyParts == 1 ? 0 : warp * kWarpKeys; }
+  FA_DEVICE float* results() const {
+    return reinterpret_cast<float*>(smem_begin + kResultsBegin);
+  }
+  // Behind the ring: a place of its own, or that of the results until they are there.
+  FA_DEVICE TileQ smem_q() const { return {smem + kRingBytes}; }
   // Row of the tile of row r of this lane.
   FA_DEVICE int tile_row(int r) const {
     return (kKeyParts == 1 ? 16 * warp : 0) + r * 8 + lane / 4;
   }
 
-  FA_DEVICE void find_page(int block) {
-    page = 0;
-    page_row = 0;
-    const int key = block * kDecodeTileN + warp * kCopyKeys + lane;
-    if (lane >= kCopyKeys || key >= seqlen_k) return;
-    const auto [index, row] = divide(item->entry.k_seq.leftpad + key, launch.by_page);
-    page = clamp(item->pages[index], 0, p.num_caches - 1);
+  // Where the keys of load_block are; without pages, all are in one.
+  FA_DEVICE void find_page() {
+    const DecodeItem& from = shared.items[load_index % 3];
+    const int key = load_block * kDecodeTileN + warp * kCopyKeys + lane % kCopyKeys;
+    page_row = from.entry.k_seq.leftpad + min(key, from.entry.k_seq.seqlen - 1);
+    page = from.cache;
+    if (p.page_table == nullptr) return;
+    const auto [at, row] = divide(page_row, launch.by_page);
+    page = clamp(p.page_table[from.cache * p.page_table_batch_stride + at], 0, p.num_caches - 1);
     page_row = row;
   }
 
-  // Starts copying keys or values of a block into the next unit of the ring.
-  FA_DEVICE void load(const void* base, const Strides& strides, int num_cols, int block) {
+  // Starts copying the next unit into the ring, if this item or the next has one. One group.
+  FA_DEVICE void load_next() {
+    while (load_block == load_end && load_index < index + kRunsAhead) {
+      const DecodeItem& next = shared.items[(load_index + 1) % 3];
+      if (next.end < 0) break;
+      ++load_index;
+      load_block = next.begin;
+      load_end = next.end;
+      if (load_block < load_end) find_page();
+    }
+    if (load_block < load_end) {
+      copy_unit();
+      load_slot = load_slot + 1 == kUnits ? 0 : load_slot + 1;
+      ++num_ahead;
+      load_values = !load_values;
+      if (!load_values && ++load_block < load_end) find_page();
+    }
+    ptx::cp_async_commit_group();
+  }
+
+  FA_DEVICE void copy_unit() const {
+    const DecodeItem& from = shared.items[load_index % 3];
     const Unit unit{smem + load_slot * Unit::kBytes};
     // The addresses shall not be kept in registers through the loop.
     const int thread = ptx::opaque(lane);
     const int row = thread / kLanes, chunk = thread % kLanes;
-    const uint32_t to = unit.chunk_address(warp * kCopyKeys + row, chunk);
-    const int first_key = block * kDecodeTileN + warp * kCopyKeys + row;
-    const T* from = static_cast<const T*>(base) + chunk * 8;
+    const int keys_left =
+        from.entry.k_seq.seqlen - (load_block * kDecodeTileN + warp * kCopyKeys + row);
+    const Strides& strides = load_values ? p.v_strides : p.k_strides;
+    const int num_chunks = (load_values ? p.head_dim_v : p.head_dim) / 8 - chunk;
+    const T* head = static_cast<const T*>(load_values ? p.v : p.k) +
+                    from.head_kv * strides.head + chunk * 8;
+    const int64_t page_stride = strides.batch, row_stride = strides.token;
     FA_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const int key = first_key + i * kRowsPerPass;
-      const bool row_exists = key < seqlen_k;
-      int64_t offset;
-      if (p.page_table != nullptr) {
-        const int key_page = __shfl_sync(0xffffffffu, page, row + i * kRowsPerPass);
-        const int key_row = __shfl_sync(0xffffffffu, page_row, row + i * kRowsPerPass);
-        offset = key_page * strides.batch + key_row * strides.token;
-      } else {
-        offset = row_exists ? key * strides.token : 0;
-      }
+      const int key_page = __shfl_sync(0xffffffffu, page, row + i * kRowsPerPass);
+      const int key_row = __shfl_sync(0xffffffffu, page_row, row + i * kRowsPerPass);
+      const T* key = head + key_page * page_stride + key_row * row_stride;
+      const uint32_t to = unit.chunk_address(warp * kCopyKeys + row + i * kRowsPerPass, chunk);
       FA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
-        const bool exists = row_exists && (chunk + c * kLanes) * 8 < num_cols;
-        // Rows 8 apart have the same swizzle; kRowsPerPass is 4 or 8.
-        const uint32_t at = kRowsPerPass == 8
-                                ? to + i * 8 * Unit::kRowBytes
-                                : (i % 2 == 0 ? to : to_of_odd(unit, row, chunk)) +
-                                      i / 2 * 8 * Unit::kRowBytes;
-        ptx::cp_async_cg_16(at + c * kLanes * kSwizzleChunkBytes, from + offset + c * kLanes * 8,
+        const bool exists = i * kRowsPerPass < keys_left && c * kLanes < num_chunks;
+        ptx::cp_async_cg_16(to + c * kLanes * kSwizzleChunkBytes, key + c * kLanes * 8,
                             exists ? 16 : 0);
       }
-    }
-    load_slot = load_slot + 1 == kUnits ? 0 : load_slot + 1;
-  }
-  FA_DEVICE uint32_t to_of_odd(const Unit& unit, int row, int chunk) const {
-    return unit.chunk_address(warp * kCopyKeys + row + 4, chunk);
-  }
-
-  // Copies unit kUnit (even: keys, odd: values) behind the keys of `block`, if it is in the item.
-  template <int kUnit>
-  FA_DEVICE void load_ahead(int block) {
-    block += kUnit / 2;
-    if (block < item->end) {
-      if constexpr (kUnit % 2 == 0) {
-        load(item->k, p.k_strides, p.head_dim, block);
-      } else {
-        load(item->v, p.v_strides, p.head_dim_v, block);
-        if (p.page_table != nullptr) find_page(block + 1);
-      }
-    }
-    ptx::cp_async_commit_group();
-  }
-  template <int kUnit>
-  FA_DEVICE void load_first(int block) {
-    if constexpr (kUnit < kUnits - 1) {
-      load_ahead<kUnit>(block);
-      load_first<kUnit + 1>(block);
     }
   }
 
@@ -444,53 +431,33 @@ struct DecodeCta {
       __syncwarp();
     }
   }
-
-  // Row `row` of the tile in q; nullptr: it does not attend.
-  FA_DEVICE const T* q_row(int row) const {
-    const DecodeEntry& entry = item->entry;
-    const auto [token, head] = divide(first_row() + row, launch.by_group);
-    if (token >= entry.q_seq.seqlen) return nullptr;
-    return static_cast<const T*>(p.q) +
-           element_offset(p.q_strides.batch, p.q_strides.token, p.q_strides.head, entry.batch,
-                          entry.q_seq.first_row + token,
-                          item->head_kv * launch.by_group.divisor() + head);
-  }
-  FA_DEVICE TileQ smem_q() const { return {smem + kUnits * Unit::kBytes}; }
-
-  // Starts copying Q to shared memory, as part of the first group.
+  // Starts copying Q.
   FA_DEVICE void copy_q() const {
+    const DecodeEntry& entry = item().entry;
+#pragma unroll 1
     for (int i = threadIdx.x; i < kTileM * TileQ::kChunksPerRow; i += kDecodeThreads) {
       const int row = i / TileQ::kChunksPerRow, chunk = i % TileQ::kChunksPerRow;
-      const T* from = q_row(row);
-      const bool exists = from != nullptr && chunk * 8 < p.head_dim;
+      const auto [token, head] = divide(first_row() + row, launch.by_group);
+      const bool exists = token < entry.q_seq.seqlen && chunk * 8 < p.head_dim;
+      const int64_t offset = element_offset(p.q_strides.batch, p.q_strides.token, p.q_strides.head,
+                                            entry.batch, entry.q_seq.first_row + token,
+                                            item().head_kv * group() + head) +
+                             chunk * 8;
       ptx::cp_async_cg_16(smem_q().chunk_address(row, chunk),
-                          exists ? from + chunk * 8 : static_cast<const T*>(p.q), exists ? 16 : 0);
+                          static_cast<const T*>(p.q) + (exists ? offset : 0), exists ? 16 : 0);
     }
+    ptx::cp_async_commit_group();
   }
-  // A operands of this lane from global memory.
-  FA_DEVICE void load_q_operands() {
-    FA_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const T* row = q_row(tile_row(r));
-      FA_UNROLL
-      for (int k = 0; k < kSteps; ++k) {
-        FA_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const int col = 16 * k + 8 * half + lane % 4 * 2;
-          q.x[0][k][2 * half + r] = row != nullptr && col < p.head_dim
-                                        ? *reinterpret_cast<const uint32_t*>(row + col)
-                                        : 0u;
-        }
-      }
-    }
+  FA_DEVICE void load_q_operand(int k, uint32_t (&a)[4]) const {
+    const auto by_rows = BlockAddress<TileQ::kRowBytes>::by_rows(lane);
+    ptx::ldmatrix_x4(a, smem_q().base + by_rows.offset(kKeyParts == 1 ? 16 * warp : 0, k));
   }
   FA_DEVICE void q_operand(int k, uint32_t (&a)[4]) const {
     if constexpr (kQInRegs) {
       FA_UNROLL
       for (int i = 0; i < 4; ++i) a[i] = q.x[0][k][i];
     } else {
-      const auto by_rows = BlockAddress<TileQ::kRowBytes>::by_rows(lane);
-      ptx::ldmatrix_x4(a, smem_q().base + by_rows.offset(kKeyParts == 1 ? 16 * warp : 0, k));
+      load_q_operand(k, a);
     }
   }
 
@@ -509,12 +476,12 @@ struct DecodeCta {
         for (float& x : column) x = launch.softcap_scale * ptx::tanh_approx(x);
       }
     }
-    const DecodeEntry& entry = item->entry;
+    const DecodeEntry& entry = item().entry;
     if (p.score.alibi_slopes != nullptr) {
       FA_UNROLL
       for (int r = 0; r < 2; ++r) {
         const auto [token, in_group] = divide(first_row() + tile_row(r), launch.by_group);
-        const int head = item->head_kv * launch.by_group.divisor() + in_group;
+        const int head = item().head_kv * group() + in_group;
         const float slope =
             p.score.alibi_slopes[entry.batch * p.score.alibi_batch_stride + head] * kLog2e;
         const int first_distance = first_col + lane % 4 * 2 -
@@ -539,121 +506,153 @@ struct DecodeCta {
     }
   }
 
-  // O and the statistics of this warp's rows over its keys of the item.
-  // `meanwhile` is called once the first copies are under way.
-  template <class Meanwhile>
-  FA_DEVICE void run(AccumTile<1, kD>& acc_o, RowSoftmax<T>& softmax, Meanwhile meanwhile) {
-    using Address = BlockAddress<Unit::kRowBytes>;
-    const Address by_rows = Address::by_rows(lane), by_columns = Address::by_columns(lane);
-    const int key_row = kKeyParts == 1 ? 0 : warp * kWarpKeys;
-    seqlen_k = item->entry.k_seq.seqlen;
-    load_slot = 0;
-    int block = item->begin;
-    if (p.page_table != nullptr) find_page(block);
-    if constexpr (!kQInRegs) copy_q();
-    load_first<0>(block);
-    if constexpr (kQInRegs) load_q_operands();
-    meanwhile();
-    if constexpr (!kQInRegs) {
-      ptx::cp_async_wait_group<kUnits - 2>();
-      __syncthreads();  // Q is complete
+  // Reads Q, whose copy was started before the units that are not complete yet.
+  FA_DEVICE void read_q(bool is_oldest) {
+    if (is_oldest) {
+      ptx::cp_async_wait_group<kUnits - 1>();
+    } else {
+      ptx::cp_async_wait_group<0>();
     }
+    __syncthreads();  // Q is complete
+    if constexpr (kQInRegs) {
+      FA_UNROLL
+      for (int k = 0; k < kSteps; ++k) load_q_operand(k, q.x[0][k]);
+    }
+  }
+
+  // S = Q K^T, and the softmax weights of it.
+  FA_DEVICE void multiply_qk(AccumTile<1, kN>& acc_s, AccumTile<1, kD>& acc_o,
+                             RowSoftmax<T>& softmax, int block) const {
+    const auto by_columns = BlockAddress<Unit::kRowBytes>::by_columns(lane);
+    const uint32_t k_base = smem + slot * Unit::kBytes + key_row() * Unit::kRowBytes;
+    acc_s.clear();
+    warp_gemm<T, kSteps>(
+        acc_s, [&](int, int k, uint32_t(&a)[4]) { q_operand(k, a); },
+        [&](int n, int k, uint32_t(&b)[4]) {
+          ptx::ldmatrix_x4(b, k_base + by_columns.offset(16 * n, k));
+        });
+    modify_scores(acc_s, block);
+    softmax.step(acc_s, acc_o);
+  }
+
+  // O += P V.
+  FA_DEVICE void multiply_pv(AccumTile<1, kD>& acc_o, const AccumTile<1, kN>& acc_p) const {
+    const auto by_rows = BlockAddress<Unit::kRowBytes>::by_rows(lane);
+    const uint32_t v_base = smem + slot * Unit::kBytes + key_row() * Unit::kRowBytes;
+    const AFragments<1, kN / 2> weights = as_a_operand<T>(acc_p);
+    warp_gemm<T, kN / 2>(
+        acc_o,
+        [&](int, int k, uint32_t(&a)[4]) {
+          FA_UNROLL
+          for (int i = 0; i < 4; ++i) a[i] = weights.x[0][k][i];
+        },
+        [&](int n, int k, uint32_t(&b)[4]) {
+          ptx::ldmatrix_x4_trans(b, v_base + by_rows.offset(16 * k, n));
+        });
+  }
+
+  // O and the statistics of this warp's rows over its keys of the item.
+  FA_DEVICE void run(AccumTile<1, kD>& acc_o, RowSoftmax<T>& softmax) {
     // A warp without a row only copies.
-    const bool has_rows = kKeyParts > 1 || first_row() + 16 * warp < item->entry.q_seq.seqlen *
-                                                                        launch.by_group.divisor();
-    int slot = 0;
-    const auto next_slot = [&] { slot = slot + 1 == kUnits ? 0 : slot + 1; };
-    for (; block < item->end; ++block) {
-      AccumTile<1, kN> acc_s;
-      wait_unit();
-      load_ahead<kUnits - 1>(block);
+    const bool has_rows =
+        kKeyParts > 1 || first_row() + 16 * warp < item().entry.q_seq.seqlen * group();
+    const int begin = item().begin, num_units = 2 * (item().end - begin);
+    if (num_units > 0) copy_q();
+    AccumTile<1, kN> acc_s;
+    // One body for all, so that there are few instructions; below unit 0 the ring fills.
+#pragma unroll 1
+    for (int unit = num_ahead - (kUnits - 1); unit < num_units; ++unit) {
+      if (unit == 0) read_q(index == 0);
+      if (unit >= 0) wait_unit();
+      load_next();
+      if (unit < 0) continue;
       if (has_rows) {
-        const uint32_t k_base = smem + slot * Unit::kBytes;
-        acc_s.clear();
-        warp_gemm<T, kSteps>(
-            acc_s,
-            [&](int, int k, uint32_t(&a)[4]) { q_operand(k, a); },
-            [&](int n, int k, uint32_t(&b)[4]) {
-              ptx::ldmatrix_x4(b, k_base + by_columns.offset(key_row + 16 * n, k));
-            });
-        modify_scores(acc_s, block);
-        softmax.step(acc_s, acc_o);
+        if (unit % 2 == 0) {
+          multiply_qk(acc_s, acc_o, softmax, begin + unit / 2);
+        } else {
+          multiply_pv(acc_o, acc_s);
+        }
       }
-      next_slot();
-      wait_unit();
-      load_ahead<kUnits>(block);
-      if (has_rows) {
-        const uint32_t v_base = smem + slot * Unit::kBytes;
-        const AFragments<1, kN / 2> weights = as_a_operand<T>(acc_s);
-        warp_gemm<T, kN / 2>(
-            acc_o,
-            [&](int, int k, uint32_t(&a)[4]) {
-              FA_UNROLL
-              for (int i = 0; i < 4; ++i) a[i] = weights.x[0][k][i];
-            },
-            [&](int n, int k, uint32_t(&b)[4]) {
-              ptx::ldmatrix_x4_trans(b, v_base + by_rows.offset(key_row + 16 * k, n));
-            });
-      }
-      next_slot();
+      slot = slot + 1 == kUnits ? 0 : slot + 1;
+      --num_ahead;
     }
     softmax.finish();
   }
 
-  // Columns [col, col + 4) of row `row` of the tile, merged over the warps.
-  FA_DEVICE RowMerge merged_row(int row, int col) const {
-    RowMerge merged;
-    FA_UNROLL
-    for (int part = 0; part < kKeyParts; ++part) {
-      const int at = part * kTileM + row;
-      merged.add(shared.row_max[at], shared.row_sum[at],
-                 *reinterpret_cast<const float4*>(smem_o + at * kOStride + col));
-    }
-    return merged;
-  }
-
-  FA_DEVICE void store_row(int row, int col, const RowMerge& merged) const {
-    const DecodeEntry& entry = item->entry;
+  // Columns [col, col + 4) of a row of the tile go to out, and with column 0 its lse.
+  FA_DEVICE void store_row(int row, int col, const MergedRow& merged) const {
+    const DecodeEntry& entry = item().entry;
     const auto [token, in_group] = divide(first_row() + row, launch.by_group);
-    const int head = item->head_kv * launch.by_group.divisor() + in_group;
-    const bool exists = token < entry.q_seq.seqlen;
-    const float scale = exists ? output_scale(merged.sum) : 0.f;
-    T* out = static_cast<T*>(p.out) +
-             element_offset(p.out_strides.batch, p.out_strides.token, p.out_strides.head,
-                            entry.batch, entry.q_seq.first_row + token, head) + col;
+    const int head = item().head_kv * group() + in_group;
+    const bool exists = token < entry.q_seq.seqlen && merged.sum != 0.f;
+    const float scale = ptx::rcp_approx_ftz(merged.sum);
     uint2 values = {0u, 0u};
     if (exists) {
-      values.x = pack<T>(merged.acc[0] * scale, merged.acc[1] * scale);
-      values.y = pack<T>(merged.acc[2] * scale, merged.acc[3] * scale);
+      values.x = pack<T>(merged.acc.x * scale, merged.acc.y * scale);
+      values.y = pack<T>(merged.acc.z * scale, merged.acc.w * scale);
     }
-    if (col < p.head_dim_v) ptx::st_global_v2(out, values);
+    if (col < p.head_dim_v)
+      ptx::st_global_v2(static_cast<T*>(p.out) +
+                            element_offset(p.out_strides.batch, p.out_strides.token,
+                                           p.out_strides.head, entry.batch,
+                                           entry.q_seq.first_row + token, head) +
+                            col,
+                        values);
     if (col == 0) {
-      const bool varlen = p.seqlens_q.cu_seqlens != nullptr;
-      float* lse = varlen ? p.lse + static_cast<int64_t>(head) * p.total_q + entry.q_seq.first_row
-                          : p.lse + (static_cast<int64_t>(entry.batch) * p.num_heads_q + head) *
-                                        p.seqlens_q.max_seqlen;
-      lse[token] = exists && merged.sum != 0.f
-                       ? (merged.max + ptx::lg2_approx_ftz(merged.sum)) * kLn2
-                       : -INFINITY;
+      const int64_t at =
+          p.seqlens_q.cu_seqlens != nullptr
+              ? static_cast<int64_t>(head) * p.total_q + entry.q_seq.first_row
+              : (static_cast<int64_t>(entry.batch) * p.num_heads_q + head) * p.seqlens_q.max_seqlen;
+      p.lse[at + token] =
+          exists ? (merged.max + ptx::lg2_approx_ftz(merged.sum)) * kLn2 : -INFINITY;
     }
   }
 
-  // Rows of the tile that exist.
-  FA_DEVICE int num_rows() const {
-    return min<int64_t>(kTileM, int64_t{item->entry.q_seq.stored} * launch.by_group.divisor() -
-                                    first_row());
+  // Calls visit(row, col) for the first columns of the groups of rows [begin, end) of results.
+  template <class Visit>
+  static FA_DEVICE void for_each_group(int begin, int end, Visit visit) {
+#pragma unroll 1
+    for (int i = begin * kColumnGroups + threadIdx.x; i < end * kColumnGroups; i += kDecodeThreads)
+      visit(i / kColumnGroups, i % kColumnGroups * 4);
   }
 
-  static constexpr int kColumnGroups = kHeadDim / 4;
-
-  FA_DEVICE float* partial_out(int slot) const {
-    return p.partial + static_cast<int64_t>(slot) * kTileM * kHeadDim;
+  // The result of a part of the tile that CTA `cta` has: the begin of the tile, or another.
+  FA_DEVICE float* partial(int cta) const {
+    const int64_t at = 2 * cta + (cta == item().first_cta);
+    return p.partial + at * (kTileM * kResultWords);
   }
-  // [kTileM] maxima and sums.
-  FA_DEVICE float2* partial_statistics(int slot) const {
-    return reinterpret_cast<float2*>(
-               p.partial + static_cast<int64_t>(2) * gridDim.x * kTileM * kHeadDim) +
-           slot * kTileM;
+
+  // Merges the results of the warps; they go to out, or wait for those of the other CTAs.
+  FA_DEVICE void store(const AccumTile<1, kD>& acc_o, const RowSoftmax<T>& softmax) {
+    // Q, or the ring, is read by all: their place becomes that of the results.
+    __syncthreads();
+    FA_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float* row = results() + (16 * warp + r * 8 + lane / 4) * kResultWords;
+      FA_UNROLL
+      for (int d = 0; d < kD; ++d) {
+        *reinterpret_cast<float2*>(row + 8 * d + lane % 4 * 2) = {acc_o.x[0][d][2 * r],
+                                                                  acc_o.x[0][d][2 * r + 1]};
+      }
+      if (lane % 4 == 0)
+        *reinterpret_cast<float2*>(row + kHeadDim) = {softmax.row_max[r], softmax.row_sum[r]};
+    }
+    __syncthreads();  // the results of all warps are there
+    // Rows of the tile that exist; rows that belong to no sequence are all in one, without a key.
+    const DecodeEntry& entry = item().entry;
+    const int stored = entry.q_seq.stored * group() - first_row();
+    const int rows = entry.batch < p.batch_size ? min(kTileM, stored) : stored;
+    const bool whole = item().first_cta == item().last_cta;
+    for_each_group(0, rows, [&](int row, int col) {
+      MergedRow merged;
+      merged.template add<kHeadDim>(results() + row % kTileM * kResultWords, kTileM * kResultWords,
+                                    kKeyParts, col);
+      if (whole) return store_row(row, col, merged);
+      float* to = partial(blockIdx.x) + row * kResultWords;
+      *reinterpret_cast<float4*>(to + col) = merged.acc;
+      if (col == 0) *reinterpret_cast<float2*>(to + kHeadDim) = {merged.max, merged.sum};
+    });
+    if (!whole) merge_parts(rows);
   }
 
   FA_DEVICE int* counters() const {
@@ -663,114 +662,93 @@ struct DecodeCta {
                      decode_partial_words(gridDim.x, kTileM, kHeadDim);
   }
 
-  FA_DEVICE void store(const AccumTile<1, kD>& acc_o, const RowSoftmax<T>& softmax) {
-    ptx::cp_async_wait_group<0>();
-    __syncthreads();  // nobody reads the ring any more, and no copy writes to it
-    FA_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const int row = 16 * warp + r * 8 + lane / 4;
-      FA_UNROLL
-      for (int d = 0; d < kD; ++d) {
-        float2* to = reinterpret_cast<float2*>(smem_o + row * kOStride + 8 * d + lane % 4 * 2);
-        *to = {acc_o.x[0][d][2 * r], acc_o.x[0][d][2 * r + 1]};
-      }
-      if (lane % 4 == 0) {
-        shared.row_max[row] = softmax.row_max[r];
-        shared.row_sum[row] = softmax.row_sum[r];
-      }
-    }
-    __syncthreads();  // the results of all warps are there
-    const int rows = num_rows();
-    const bool whole = item->first_cta == item->last_cta;
-    const int slot = 2 * blockIdx.x + (item->first_cta == static_cast<int>(blockIdx.x));
-    for (int i = threadIdx.x; i < rows * kColumnGroups; i += kDecodeThreads) {
-      const int row = i / kColumnGroups, col = i % kColumnGroups * 4;
-      const RowMerge merged = merged_row(row, col);
-      if (whole) {
-        store_row(row, col, merged);
-      } else {
-        *reinterpret_cast<float4*>(partial_out(slot) + row * kHeadDim + col) = {
-            merged.acc[0], merged.acc[1], merged.acc[2], merged.acc[3]};
-        if (col == 0) partial_statistics(slot)[row] = {merged.max, merged.sum};
-      }
-    }
-    if (!whole) merge_parts(rows);
-  }
-
   // The last CTA of those that share the tile merges their results.
   FA_DEVICE void merge_parts(int rows) {
+    const int first = item().first_cta, num_parts = item().last_cta - first + 1;
     __syncthreads();  // the partial result of this CTA is written
     if (threadIdx.x == 0) {
       __threadfence();  // and visible to who counts after this
-      int* counter = counters() + item->first_cta;
-      shared.is_last = atomicAdd(counter, 1) == item->last_cta - item->first_cta;
-      if (shared.is_last) *counter = 0;
-      __threadfence();  // what the others counted is visible to this CTA
+      shared.is_last = atomicAdd(counters() + first, 1) == num_parts - 1;
+      if (shared.is_last) counters()[first] = 0;
+      __threadfence();  // what the others wrote before they counted is visible to this CTA
     }
     __syncthreads();  // is_last is set
     if (!shared.is_last) return;
-    constexpr int kUnroll = 8;
-    for (int i = threadIdx.x; i < rows * kColumnGroups; i += kDecodeThreads) {
-      const int row = i / kColumnGroups, col = i % kColumnGroups * 4;
-      RowMerge merged;
-      for (int cta = item->first_cta; cta <= item->last_cta; cta += kUnroll) {
-        float4 part[kUnroll];
-        float2 statistics[kUnroll];
-        FA_UNROLL
-        for (int u = 0; u < kUnroll; ++u) {
-          const int slot = 2 * (cta + u) + (cta + u == item->first_cta);
-          statistics[u] = {-INFINITY, 0.f};
-          if (cta + u > item->last_cta) continue;
-          statistics[u] = __ldcg(partial_statistics(slot) + row);
-          part[u] = __ldcg(reinterpret_cast<const float4*>(partial_out(slot) + row * kHeadDim + col));
-        }
-        FA_UNROLL
-        for (int u = 0; u < kUnroll; ++u) merged.add(statistics[u].x, statistics[u].y, part[u]);
+    // Through shared memory, so that everything is under way at once: all of it if the ring is free.
+    // As many rows of all parts as have room; or one row of some parts after the others.
+    const bool ring_is_free = !kRunsAhead || shared.items[(index + 1) % 3].end < 0;
+    char* buffer = smem_begin + (ring_is_free ? 0 : kResultsBegin);
+    const int capacity = ring_is_free ? kRunsAhead ? kSmemBytes : kRingBytes
+                                      : kSmemBytes - kResultsBegin;
+    const int rows_fit = capacity / (kResultWords * 4);
+    const int parts_at_once = min(num_parts, rows_fit);
+    const int rows_at_once = rows_fit / parts_at_once;
+    MergedRow merged;
+#pragma unroll 1
+    for (int begin = 0; begin < rows; begin += rows_at_once) {
+      const int count = min(rows_at_once, rows - begin);
+#pragma unroll 1
+      for (int part = 0; part < num_parts; part += parts_at_once) {
+        const int parts = min(parts_at_once, num_parts - part);
+        copy_parts(buffer, part, parts, begin, count);
+        for_each_group(begin, begin + count, [&](int row, int col) {
+          if (part == 0) merged = {};
+          merged.template add<kHeadDim>(
+              reinterpret_cast<const float*>(buffer) + (row - begin) * kResultWords,
+              count * kResultWords, parts, col);
+          if (part + parts == num_parts) store_row(row, col, merged);
+        });
+        __syncthreads();  // the buffer is read
       }
-      store_row(row, col, merged);
     }
   }
 
-  // Varlen: out = 0, lse = -inf for the rows behind the last sequence.
-  FA_DEVICE void clear_rest() const {
-    const int64_t rows = int64_t{item->entry.q_seq.stored} * launch.by_group.divisor();
-    for (int64_t i = threadIdx.x; i < rows * kColumnGroups; i += kDecodeThreads)
-      store_row(static_cast<int>(i / kColumnGroups), static_cast<int>(i % kColumnGroups) * 4, {});
+  // Copies rows [begin, begin + count) of parts [part, part + num_parts) into the buffer.
+  FA_DEVICE void copy_parts(char* buffer, int part, int num_parts, int begin, int count) const {
+    const int chunks = count * (kResultWords / 4);  // of 16 bytes, of a part
+    const uint32_t to = ptx::cvta_to_shared(buffer);
+#pragma unroll 1
+    for (int i = warp; i < num_parts; i += kWarps) {
+      const float* from = partial(item().first_cta + part + i) + begin * kResultWords;
+#pragma unroll 4
+      for (int chunk = lane; chunk < chunks; chunk += kWarpSize)
+        ptx::cp_async_cg_16(to + (i * chunks + chunk) * 16, from + chunk * 4, 16);
+    }
+    ptx::cp_async_commit_group();
+    ptx::cp_async_wait_group<0>();
+    __syncthreads();  // the rows of all parts are there
   }
 };
 
 template <class T, int kHeadDim, int kTileM>
-__global__ void __launch_bounds__(kDecodeThreads, kTileM == kDecodeFewRows ? DECODE_BOUNDS : 2)
+__global__ void __launch_bounds__(kDecodeThreads, 2)
     decode_kernel(const __grid_constant__ DecodeParams p,
                   const __grid_constant__ DecodeLaunch launch) {
   using Cta = DecodeCta<T, kHeadDim, kTileM>;
   extern __shared__ __align__(128) char smem[];
-  __shared__ DecodeShared<kTileM> shared;
+  __shared__ DecodeShared shared;
   if (!find_share<kTileM>(p, launch, shared)) return;
-  if (threadIdx.x == 0) next_item<T, kTileM>(p, launch, shared.cursor, shared.items[0]);
-  __syncthreads();  // the first item is there
 
-  Cta cta{p, launch, shared, reinterpret_cast<float*>(smem), ptx::cvta_to_shared(smem)};
+  Cta cta{p, launch, shared, smem, ptx::cvta_to_shared(smem)};
   cta.warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
   cta.lane = threadIdx.x % kWarpSize;
-  for (int turn = 0; shared.items[turn].end >= 0; turn ^= 1) {
-    cta.item = &shared.items[turn];
-    const auto find_next = [&] {
-      if (threadIdx.x == kDecodeThreads - 1)
-        next_item<T, kTileM>(p, launch, shared.cursor, shared.items[turn ^ 1]);
-      __syncwarp();
-    };
-    if (cta.item->entry.batch == p.batch_size) {
-      find_next();
-      cta.clear_rest();
-    } else {
-      AccumTile<1, Cta::kD> acc_o;
-      acc_o.clear();
-      RowSoftmax<T> softmax;
-      cta.run(acc_o, softmax, find_next);
-      cta.store(acc_o, softmax);
+  AccumTile<1, Cta::kD> acc_o;
+  RowSoftmax<T> softmax;
+  cta.index = -1;
+  for (;;) {
+    // Each turn finds the item behind the next, the first turn both; and stores the item before.
+    if (threadIdx.x == kDecodeThreads - 1) {
+#pragma unroll 1
+      for (int n = cta.index < 0 ? 1 : 2; n <= 2; ++n)
+        next_item<T, kTileM>(p, launch, shared.cursor, shared.items[(cta.index + n) % 3]);
     }
-    __syncthreads();  // the next item is there, and nobody reads this one or the ring any more
+    if (cta.index >= 0) cta.store(acc_o, softmax);
+    __syncthreads();  // the items are there, and the results are read
+    ++cta.index;
+    if (cta.item().end < 0) return;
+    acc_o.clear();
+    softmax = {};
+    cta.run(acc_o, softmax);
   }
 }
 
