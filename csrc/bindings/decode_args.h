@@ -107,9 +107,8 @@ inline Tensor launch_decode(const DecodeKernel& kernel, const DecodeArgs& a, con
   const Problem& problem = kernel.problem;
   const Plan& plan = kernel.planned.plan;
   const int batch_size = problem.batch_size;
-  const Shape lse_shape = problem.varlen
-                              ? Shape{problem.num_heads_q, problem.total_q}
-                              : Shape{batch_size, problem.num_heads_q, problem.seqlen_q};
+  const Shape lse_shape = problem.varlen ? Shape{problem.num_heads_q, problem.total_q}
+                                         : Shape{batch_size, problem.num_heads_q, problem.seqlen_q};
   Tensor lse = new_tensor(a.q, lse_shape, ScalarType::Float);
   if (lse.numel() == 0) return lse;  // no row of q
 

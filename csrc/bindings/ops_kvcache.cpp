@@ -141,11 +141,22 @@ OutLse kvcache_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
                    const OptionalTensor& alibi_slopes, double softmax_scale, int64_t window_left,
                    int64_t window_right, double softcap, int64_t num_splits, int64_t sm_margin) {
   const OptionalTensor none;
-  const ScoreArgs scores{alibi_slopes, none, softmax_scale, window_left,
-                         window_right, softcap, 0.};
-  DecodeArgs args{q, k_cache, v_cache, pointer_to(cache_seqlens), pointer_to(cache_batch_idx),
-                  pointer_to(cache_leftpad), pointer_to(page_table), pointer_to(cu_seqlens_q),
-                  nullptr, nullptr, max_seqlen_q, std::nullopt, scores, num_splits, sm_margin};
+  const ScoreArgs scores{alibi_slopes, none, softmax_scale, window_left, window_right, softcap, 0.};
+  DecodeArgs args{q,
+                  k_cache,
+                  v_cache,
+                  pointer_to(cache_seqlens),
+                  pointer_to(cache_batch_idx),
+                  pointer_to(cache_leftpad),
+                  pointer_to(page_table),
+                  pointer_to(cu_seqlens_q),
+                  nullptr,
+                  nullptr,
+                  max_seqlen_q,
+                  std::nullopt,
+                  scores,
+                  num_splits,
+                  sm_margin};
   const DecodeKernel kernel = plan_decode(args);
   if (!kernel) {
     return call_tiled<OutLse>("flash_attn_ext::kvcache_fwd", q, k_cache, v_cache, cache_seqlens,
@@ -158,29 +169,42 @@ OutLse kvcache_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
   return {out, lse};
 }
 
-OutLse kvcache_append_fwd(
-    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
-    const OptionalTensor& cu_seqlens_k_new, const OptionalTensor& cache_seqlens,
-    const OptionalTensor& cache_batch_idx, const OptionalTensor& cache_leftpad,
-    const OptionalTensor& page_table, const OptionalTensor& cu_seqlens_q, int64_t max_seqlen_q,
-    const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin,
-    const OptionalTensor& rotary_seqlens, bool rotary_interleaved,
-    const OptionalTensor& alibi_slopes, double softmax_scale, int64_t window_left,
-    int64_t window_right, double softcap, int64_t num_splits, int64_t sm_margin) {
+OutLse kvcache_append_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                          const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens_k_new,
+                          const OptionalTensor& cache_seqlens,
+                          const OptionalTensor& cache_batch_idx,
+                          const OptionalTensor& cache_leftpad, const OptionalTensor& page_table,
+                          const OptionalTensor& cu_seqlens_q, int64_t max_seqlen_q,
+                          const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin,
+                          const OptionalTensor& rotary_seqlens, bool rotary_interleaved,
+                          const OptionalTensor& alibi_slopes, double softmax_scale,
+                          int64_t window_left, int64_t window_right, double softcap,
+                          int64_t num_splits, int64_t sm_margin) {
   FA_CHECK(cache_seqlens.has_value(), "cache_seqlens: got None, expected [batch] with k");
   const OptionalTensor none;
-  const ScoreArgs scores{alibi_slopes, none, softmax_scale, window_left,
-                         window_right, softcap, 0.};
-  DecodeArgs args{q, k_cache, v_cache, pointer_to(cache_seqlens), pointer_to(cache_batch_idx),
-                  pointer_to(cache_leftpad), pointer_to(page_table), pointer_to(cu_seqlens_q),
-                  nullptr, nullptr, max_seqlen_q, std::nullopt, scores, num_splits, sm_margin};
+  const ScoreArgs scores{alibi_slopes, none, softmax_scale, window_left, window_right, softcap, 0.};
+  DecodeArgs args{q,
+                  k_cache,
+                  v_cache,
+                  pointer_to(cache_seqlens),
+                  pointer_to(cache_batch_idx),
+                  pointer_to(cache_leftpad),
+                  pointer_to(page_table),
+                  pointer_to(cu_seqlens_q),
+                  nullptr,
+                  nullptr,
+                  max_seqlen_q,
+                  std::nullopt,
+                  scores,
+                  num_splits,
+                  sm_margin};
   const DecodeKernel kernel = plan_decode(args);
   if (!kernel) {
-    return call_tiled<OutLse>(
-        "flash_attn_ext::kvcache_append_fwd", q, k_cache, v_cache, k, v, cu_seqlens_k_new,
-        cache_seqlens, cache_batch_idx, cache_leftpad, page_table, cu_seqlens_q, max_seqlen_q,
-        rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved, alibi_slopes, softmax_scale,
-        window_left, window_right, softcap, num_splits, sm_margin);
+    return call_tiled<OutLse>("flash_attn_ext::kvcache_append_fwd", q, k_cache, v_cache, k, v,
+                              cu_seqlens_k_new, cache_seqlens, cache_batch_idx, cache_leftpad,
+                              page_table, cu_seqlens_q, max_seqlen_q, rotary_cos, rotary_sin,
+                              rotary_seqlens, rotary_interleaved, alibi_slopes, softmax_scale,
+                              window_left, window_right, softcap, num_splits, sm_margin);
   }
   append_kv(k_cache, v_cache, k, v, *cache_seqlens, cache_batch_idx, page_table, cu_seqlens_k_new,
             rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved);
@@ -198,10 +222,21 @@ OutLse kvcache_append_fwd(
     appended.seqlen_new = to_int("seqlen", k.size(1));
   }
   Tensor out = new_decode_out(args);
-  const DecodeArgs with_q{rotated ? *rotated : q, k_cache, v_cache, args.cache_seqlens,
-                          args.cache_batch_idx, args.cache_leftpad, args.page_table,
-                          args.cu_seqlens_q, nullptr, nullptr, max_seqlen_q, std::nullopt, scores,
-                          num_splits, sm_margin};
+  const DecodeArgs with_q{rotated ? *rotated : q,
+                          k_cache,
+                          v_cache,
+                          args.cache_seqlens,
+                          args.cache_batch_idx,
+                          args.cache_leftpad,
+                          args.page_table,
+                          args.cu_seqlens_q,
+                          nullptr,
+                          nullptr,
+                          max_seqlen_q,
+                          std::nullopt,
+                          scores,
+                          num_splits,
+                          sm_margin};
   Tensor lse = launch_decode(kernel, with_q, out, appended);
   return {out, lse};
 }

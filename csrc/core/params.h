@@ -95,12 +95,12 @@ struct BwdParams {
 // Attention against a KV cache, few queries to many keys: the forward over contiguous caches or
 // pages. Lengths are read on the device only.
 struct DecodeParams {
-  const void* q;  // [batch_size, seqlen_q, num_heads_q, head_dim], or [total_q, ...]
-  const void* k;  // [num_caches, cache_len, num_heads_kv, head_dim], or paged
-                  // [num_caches, page_size, num_heads_kv, head_dim]
-  const void* v;  // the same with head_dim_v
-  void* out;      // [batch_size, seqlen_q, num_heads_q, head_dim_v], or [total_q, ...]
-  float* lse;     // [batch_size, num_heads_q, seqlen_q], or [num_heads_q, total_q]; contiguous
+  const void* q;   // [batch_size, seqlen_q, num_heads_q, head_dim], or [total_q, ...]
+  const void* k;   // [num_caches, cache_len, num_heads_kv, head_dim], or paged
+                   // [num_caches, page_size, num_heads_kv, head_dim]
+  const void* v;   // the same with head_dim_v
+  void* out;       // [batch_size, seqlen_q, num_heads_q, head_dim_v], or [total_q, ...]
+  float* lse;      // [batch_size, num_heads_q, seqlen_q], or [num_heads_q, total_q]; contiguous
   float* partial;  // [decode_workspace_words()] of core/tile_config.h; nullptr: num_splits is 1
 
   Strides q_strides, k_strides, v_strides, out_strides;  // k, v: .batch between caches or pages

@@ -382,13 +382,12 @@ constexpr int kDecodeManyRows = 64;  // every warp has 16 rows and all keys
 constexpr int kDecodeCtasPerSm = 2;  // at a time; their registers leave room for no third
 constexpr int kDecodeMaxCtas = 384;  // of one launch: those of 192 SMs
 
-
 // Up to 128, the ring runs on into the next tile while the results of one leave; beyond, they leave
 // through the ring, and Q, which has no room in registers, has a place of its own.
 FA_HD constexpr bool decode_runs_ahead(int head_dim) {
   return built_head_dim(head_dim) <= 128;
 }
-// Units in the ring. 97 KB of shared memory in all: two CTAs on an SM of 228 KB, one on one of 100.
+// Units in the ring. 98 KB of shared memory in all: two CTAs on an SM of 228 KB, one on one of 100.
 FA_HD constexpr int decode_num_units(int head_dim) {
   switch (built_head_dim(head_dim)) {
     case 64: return 10;
@@ -399,10 +398,10 @@ FA_HD constexpr int decode_num_units(int head_dim) {
   }
   return 0;
 }
-// A row of results in fp32: the sums, their maximum, their sum of weights, and two words that keep
-// rows in different banks.
+// A row of results in fp32: the sums, their maximum, their sum of weights, and words that keep rows
+// in different banks.
 FA_HD constexpr int decode_result_words(int head_dim) {
-  return built_head_dim(head_dim) + 4;
+  return built_head_dim(head_dim) + 8;
 }
 FA_HD constexpr int decode_ring_bytes(int head_dim) {
   return decode_num_units(head_dim) * kDecodeTileN * 2 * built_head_dim(head_dim);

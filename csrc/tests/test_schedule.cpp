@@ -298,31 +298,33 @@ void test_integer_helpers() {
 }
 
 void test_split_work() {
-  for (int total = 1; total < 70; ++total)
-    for (int num_ctas : {1, 2, 7, 40, 300})
-      for (int min_blocks : {1, 2, 5})
-        for (int max_splits : {0, 2, 3, 9})
-          for (int longest : {1, total / 3 + 1, total}) {
-            const WorkSplit split = split_work(total, num_ctas, min_blocks, max_splits, longest);
-            CHECK(1 <= split.num_parts && split.num_parts <= num_ctas, "parts total=%d", total);
-            CHECK(split.begin(0) == 0 && split.begin(split.num_parts) == total, "covers total=%d",
-                  total);
-            int smallest = total, largest = 0;
-            for (int part = 0; part < split.num_parts; ++part) {
-              const int size = split.begin(part + 1) - split.begin(part);
-              smallest = std::min(smallest, size);
-              largest = std::max(largest, size);
-              for (int at = split.begin(part); at < split.begin(part + 1); ++at)
-                CHECK(split.part_of(at) == part, "part_of total=%d parts=%d at=%d", total,
-                      split.num_parts, at);
-            }
-            CHECK(smallest >= 1 && largest - smallest <= 1, "unequal total=%d", total);
-            CHECK(split.num_parts == 1 || smallest >= min_blocks, "small part total=%d", total);
-            if (max_splits < 2) continue;
-            for (int tile = 0; tile + longest <= total; ++tile)
-              CHECK(split.part_of(tile + longest - 1) - split.part_of(tile) + 1 <= max_splits,
-                    "splits total=%d longest=%d max=%d", total, longest, max_splits);
+  for (int total = 1; total < 90; ++total)
+    for (int num_ctas : {1, 2, 3, 7, 40, 300})
+      for (int max_splits : {0, 2, 3, 9})
+        for (int longest = 1; longest <= total; longest += longest < 9 ? 1 : 13) {
+          const WorkSplit split = split_work(total, num_ctas, max_splits, longest);
+          const int parts = split.num_parts();
+          CHECK(1 <= parts && parts <= num_ctas, "parts total=%d longest=%d", total, longest);
+          CHECK(split.begin(0) == 0 && split.begin(parts) == total, "covers total=%d", total);
+          for (int part = 0; part < parts; ++part) {
+            CHECK(split.begin(part) < split.begin(part + 1), "empty part total=%d", total);
+            for (int at = split.begin(part); at < split.begin(part + 1); ++at)
+              CHECK(split.part_of(at) == part, "part_of total=%d at=%d", total, at);
           }
+          // A whole number of the longest tiles to a part, or of parts to such a tile.
+          if (max_splits < 2 && total % longest == 0) {
+            int cut = 0;
+            for (int part = 1; part < parts; ++part) cut += split.begin(part) % longest != 0;
+            const int to_a_tile = ceil_div(longest, split.per_part);
+            CHECK(cut == 0 || longest % split.per_part != 0 ||
+                      cut == (to_a_tile - 1) * (total / longest),
+                  "cut total=%d longest=%d", total, longest);
+          }
+          if (max_splits < 2) continue;
+          for (int tile = 0; tile + longest <= total; ++tile)
+            CHECK(split.part_of(tile + longest - 1) - split.part_of(tile) + 1 <= max_splits,
+                  "splits total=%d longest=%d max=%d", total, longest, max_splits);
+        }
 }
 
 // Rows of all heads of a group, packed into tiles: every row is in one tile.

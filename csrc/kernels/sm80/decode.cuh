@@ -11,8 +11,8 @@
 // warp; while they are merged and stored, the ring fills with the blocks of the next tile.
 // A tile that is cut leaves partial results in global memory; the last CTA of a tile to arrive
 // merges them, so one launch does everything. Lengths, pages and the split are read and computed on
-// the device. A short call is bound by latency, instructions fetched for the first time included, so
-// what runs once is kept short. Numbers: docs/performance/decode.md.
+// the device. A short call is bound by latency, instructions fetched for the first time included,
+// so what runs once is kept short. Numbers: docs/performance/decode.md.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -32,14 +32,15 @@
 #include "ptx/global_memory.h"
 #include "ptx/math.h"
 #include "ptx/opaque.h"
+#include "ptx/reduction.h"
 #include "ptx/shared_memory.h"
 #include "tile/mma_sm80.h"
 #include "tile/vec.h"
 
 namespace fa {
 
-#ifndef DECODE_MIN_BLOCKS
-#define DECODE_MIN_BLOCKS 1
+#ifndef DECODE_DRY
+#define DECODE_DRY 2
 #endif
 
 // What the launcher adds to the parameters.
@@ -108,8 +109,8 @@ FA_DEVICE bool decode_entry(const DecodeParams& p, const DecodeLaunch& launch, i
   const int group = launch.by_group.divisor();
   if (m_block >= packed_m_blocks(entry.q_seq.stored, group, kTileM)) return false;
   entry.k_seq = cache_seqlen_info(p, batch);
-  entry.mask = mask_spec(entry.q_seq.seqlen, entry.k_seq.seqlen, p.score.window_left,
-                         p.score.window_right);
+  entry.mask =
+      mask_spec(entry.q_seq.seqlen, entry.k_seq.seqlen, p.score.window_left, p.score.window_right);
   const int first = launch.by_group.divide(m_block * kTileM);
   const int last = launch.by_group.divide(m_block * kTileM + kTileM - 1);
   if (first < entry.q_seq.seqlen)
@@ -130,63 +131,11 @@ struct DecodeShared {
   bool is_last;
 };
 
-// The share of this CTA: counts the positions of all entries, 128 threads side by side, and leaves a
-// cursor at the begin of the share. false: this CTA has none.
+// The next item of this CTA, and the cursor behind it. One thread; not
+// inlined, because every instruction is fetched from memory once.
 template <int kTileM>
-FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch,
-                          DecodeShared& shared) {
-  const int m_blocks = launch.by_m_blocks.divisor();
-  const int num_entries = (p.batch_size + (p.seqlens_q.cu_seqlens != nullptr)) * m_blocks;
-  const int per_thread = ceil_div(num_entries, kDecodeThreads);
-  const int first = threadIdx.x * per_thread, end = min(num_entries, first + per_thread);
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  int sum = 0, longest = 0;
-#pragma unroll 1
-  for (int at = first; at < end; ++at) {
-    DecodeEntry entry;
-    if (decode_entry<kTileM>(p, launch, at, entry)) {
-      const int positions = tile_positions(p, entry);
-      sum += positions * p.num_heads_kv;
-      longest = max(longest, positions);
-    } else {
-      at += m_blocks - 1 - entry.m_block;  // nor has the sequence a later m_block
-    }
-  }
-  int before = sum;
-#pragma unroll 1
-  for (int step = 1; step < kWarpSize; step *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, before, step);
-    if (lane >= step) before += other;
-    longest = max(longest, __shfl_xor_sync(0xffffffffu, longest, step));
-  }
-  if (lane == kWarpSize - 1) {
-    shared.warp_total[warp] = before;
-    shared.warp_longest[warp] = longest;
-  }
-  before -= sum;
-  __syncthreads();  // the totals of all warps are there
-  int total = 0;
-  FA_UNROLL
-  for (int w = 0; w < kDecodeThreads / kWarpSize; ++w) {
-    if (w < warp) before += shared.warp_total[w];
-    total += shared.warp_total[w];
-    longest = max(longest, shared.warp_longest[w]);
-  }
-  if (total == 0) return false;
-  const WorkSplit split = split_work(total, gridDim.x, DECODE_MIN_BLOCKS, p.num_splits, longest);
-  const int cta = blockIdx.x;
-  if (cta >= split.num_parts) return false;
-  const int begin = split.begin(cta);
-  if (before <= begin && begin < before + sum)
-    shared.cursor = {first, begin - before, begin, split.begin(cta + 1), split};
-  __syncthreads();  // the cursor is there
-  return true;
-}
-
-// The next item of this CTA, and the cursor behind it. One thread.
-template <class T, int kTileM>
-FA_DEVICE void next_item(const DecodeParams& p, const DecodeLaunch& launch, DecodeCursor& cursor,
-                         DecodeItem& item) {
+__device__ __noinline__ void next_item(const DecodeParams& p, const DecodeLaunch& launch,
+                                       DecodeCursor& cursor, DecodeItem& item) {
   item.end = -1;
   if (cursor.position == cursor.end) return;
   DecodeEntry& entry = item.entry;
@@ -213,6 +162,59 @@ FA_DEVICE void next_item(const DecodeParams& p, const DecodeLaunch& launch, Deco
   const bool paged = p.page_table != nullptr;
   const int row = p.cache_batch_idx == nullptr ? entry.batch : p.cache_batch_idx[entry.batch];
   item.cache = clamp(row, 0, (paged ? p.page_table_rows : p.num_caches) - 1);
+}
+
+// The share of this CTA: counts the positions of all entries, 128 threads side by side; the thread
+// whose entries have the begin of the share finds the first item. false: this CTA has none.
+template <int kTileM>
+FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch, DecodeShared& shared) {
+  const int m_blocks = launch.by_m_blocks.divisor();
+  const int num_entries = (p.batch_size + (p.seqlens_q.cu_seqlens != nullptr)) * m_blocks;
+  const int per_thread = ceil_div(num_entries, kDecodeThreads);
+  const int first = threadIdx.x * per_thread, end = min(num_entries, first + per_thread);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  int sum = 0, longest = 0;
+#pragma unroll 1
+  for (int at = first; at < end; ++at) {
+    DecodeEntry entry;
+    if (decode_entry<kTileM>(p, launch, at, entry)) {
+      const int positions = tile_positions(p, entry);
+      sum += positions * p.num_heads_kv;
+      longest = max(longest, positions);
+    } else {
+      at += m_blocks - 1 - entry.m_block;  // nor has the sequence a later m_block
+    }
+  }
+  int before = sum;
+  FA_UNROLL
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, before, step);
+    if (lane >= step) before += other;
+  }
+  longest = __reduce_max_sync(0xffffffffu, longest);
+  if (lane == kWarpSize - 1) {
+    shared.warp_total[warp] = before;
+    shared.warp_longest[warp] = longest;
+  }
+  before -= sum;
+  __syncthreads();  // the totals of all warps are there
+  int total = 0;
+  FA_UNROLL
+  for (int w = 0; w < kDecodeThreads / kWarpSize; ++w) {
+    if (w < warp) before += shared.warp_total[w];
+    total += shared.warp_total[w];
+    longest = max(longest, shared.warp_longest[w]);
+  }
+  if (total == 0) return false;
+  const WorkSplit split = split_work(total, gridDim.x, p.num_splits, longest);
+  const int begin = blockIdx.x * split.per_part;
+  if (begin >= total) return false;
+  if (before <= begin && begin < before + sum) {
+    shared.cursor = {first, begin - before, begin, min(total, begin + split.per_part), split};
+    next_item<kTileM>(p, launch, shared.cursor, shared.items[0]);
+  }
+  __syncthreads();  // the first item is there
+  return true;
 }
 
 // Online softmax of two rows of a lane, as attention/softmax.h, in log2 units. Every row moves its
@@ -344,7 +346,9 @@ struct DecodeCta {
   int load_block = 0, load_end = 0;
   bool load_values = false;  // of the block, else its keys
   int load_slot = 0;
-  int num_ahead = 0;        // units that are copied and not yet computed
+  int num_ahead = 0;         // units that are copied and not yet computed
+  const T *load_k, *load_v;  // of load_index's KV head: this lane's first chunk of token 0
+  int load_seqlen;
   int page = 0, page_row;  // lanes below 16: where key `lane` of this warp's 16 is
 
   FA_DEVICE const DecodeItem& item() const { return shared.items[index % 3]; }
@@ -352,9 +356,7 @@ struct DecodeCta {
   FA_DEVICE int first_row() const { return item().entry.m_block * kTileM; }
   // Where this warp's keys begin in a unit.
   FA_DEVICE int key_row() const { return kKeyParts == 1 ? 0 : warp * kWarpKeys; }
-  FA_DEVICE float* results() const {
-    return reinterpret_cast<float*>(smem_begin + kResultsBegin);
-  }
+  FA_DEVICE float* results() const { return reinterpret_cast<float*>(smem_begin + kResultsBegin); }
   // Behind the ring: a place of its own, or that of the results until they are there.
   FA_DEVICE TileQ smem_q() const { return {smem + kRingBytes}; }
   // Row of the tile of row r of this lane.
@@ -374,14 +376,17 @@ struct DecodeCta {
     page_row = row;
   }
 
-  // Starts copying the next unit into the ring, if this item or the next has one. One group.
-  FA_DEVICE void load_next() {
-    while (load_block == load_end && load_index < index + kRunsAhead) {
+  // Starts copying the next unit into the ring, if an item up to last_index has one. One group.
+  FA_DEVICE void load_next(int last_index) {
+    while (load_block == load_end && load_index < last_index) {
       const DecodeItem& next = shared.items[(load_index + 1) % 3];
       if (next.end < 0) break;
       ++load_index;
       load_block = next.begin;
       load_end = next.end;
+      load_seqlen = next.entry.k_seq.seqlen;
+      load_k = static_cast<const T*>(p.k) + next.head_kv * p.k_strides.head + lane % kLanes * 8;
+      load_v = static_cast<const T*>(p.v) + next.head_kv * p.v_strides.head + lane % kLanes * 8;
       if (load_block < load_end) find_page();
     }
     if (load_block < load_end) {
@@ -395,17 +400,14 @@ struct DecodeCta {
   }
 
   FA_DEVICE void copy_unit() const {
-    const DecodeItem& from = shared.items[load_index % 3];
     const Unit unit{smem + load_slot * Unit::kBytes};
     // The addresses shall not be kept in registers through the loop.
     const int thread = ptx::opaque(lane);
     const int row = thread / kLanes, chunk = thread % kLanes;
-    const int keys_left =
-        from.entry.k_seq.seqlen - (load_block * kDecodeTileN + warp * kCopyKeys + row);
+    const int keys_left = load_seqlen - (load_block * kDecodeTileN + warp * kCopyKeys + row);
     const Strides& strides = load_values ? p.v_strides : p.k_strides;
     const int num_chunks = (load_values ? p.head_dim_v : p.head_dim) / 8 - chunk;
-    const T* head = static_cast<const T*>(load_values ? p.v : p.k) +
-                    from.head_kv * strides.head + chunk * 8;
+    const T* head = load_values ? load_v : load_k;
     const int64_t page_stride = strides.batch, row_stride = strides.token;
     FA_UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -439,10 +441,10 @@ struct DecodeCta {
       const int row = i / TileQ::kChunksPerRow, chunk = i % TileQ::kChunksPerRow;
       const auto [token, head] = divide(first_row() + row, launch.by_group);
       const bool exists = token < entry.q_seq.seqlen && chunk * 8 < p.head_dim;
-      const int64_t offset = element_offset(p.q_strides.batch, p.q_strides.token, p.q_strides.head,
-                                            entry.batch, entry.q_seq.first_row + token,
-                                            item().head_kv * group() + head) +
-                             chunk * 8;
+      const int64_t offset =
+          element_offset(p.q_strides.batch, p.q_strides.token, p.q_strides.head, entry.batch,
+                         entry.q_seq.first_row + token, item().head_kv * group() + head) +
+          chunk * 8;
       ptx::cp_async_cg_16(smem_q().chunk_address(row, chunk),
                           static_cast<const T*>(p.q) + (exists ? offset : 0), exists ? 16 : 0);
     }
@@ -484,8 +486,8 @@ struct DecodeCta {
         const int head = item().head_kv * group() + in_group;
         const float slope =
             p.score.alibi_slopes[entry.batch * p.score.alibi_batch_stride + head] * kLog2e;
-        const int first_distance = first_col + lane % 4 * 2 -
-                                   (token + entry.mask.seqlen_k - entry.mask.seqlen_q);
+        const int first_distance =
+            first_col + lane % 4 * 2 - (token + entry.mask.seqlen_k - entry.mask.seqlen_q);
         FA_UNROLL
         for (int n = 0; n < kN; ++n) {
           FA_UNROLL
@@ -499,17 +501,16 @@ struct DecodeCta {
     if (block >= blocks.full_end || block < blocks.full_begin) {
       FA_UNROLL
       for (int r = 0; r < 2; ++r) {
-        const Range keys =
-            key_range(entry.mask, launch.by_group.divide(first_row() + tile_row(r)));
+        const Range keys = key_range(entry.mask, launch.by_group.divide(first_row() + tile_row(r)));
         keep_columns(acc_s, r, keys.begin - first_col, keys.size(), lane);
       }
     }
   }
 
-  // Reads Q, whose copy was started before the units that are not complete yet.
-  FA_DEVICE void read_q(bool is_oldest) {
-    if (is_oldest) {
-      ptx::cp_async_wait_group<kUnits - 1>();
+  // Reads Q, whose group is the second of a CTA, or the last.
+  FA_DEVICE void read_q(bool is_second) {
+    if (is_second) {
+      ptx::cp_async_wait_group<kUnits - 2>();
     } else {
       ptx::cp_async_wait_group<0>();
     }
@@ -527,8 +528,8 @@ struct DecodeCta {
     const uint32_t k_base = smem + slot * Unit::kBytes + key_row() * Unit::kRowBytes;
     acc_s.clear();
     warp_gemm<T, kSteps>(
-        acc_s, [&](int, int k, uint32_t(&a)[4]) { q_operand(k, a); },
-        [&](int n, int k, uint32_t(&b)[4]) {
+        acc_s, [&](int, int k, uint32_t (&a)[4]) { q_operand(k, a); },
+        [&](int n, int k, uint32_t (&b)[4]) {
           ptx::ldmatrix_x4(b, k_base + by_columns.offset(16 * n, k));
         });
     modify_scores(acc_s, block);
@@ -542,30 +543,46 @@ struct DecodeCta {
     const AFragments<1, kN / 2> weights = as_a_operand<T>(acc_p);
     warp_gemm<T, kN / 2>(
         acc_o,
-        [&](int, int k, uint32_t(&a)[4]) {
+        [&](int, int k, uint32_t (&a)[4]) {
           FA_UNROLL
           for (int i = 0; i < 4; ++i) a[i] = weights.x[0][k][i];
         },
-        [&](int n, int k, uint32_t(&b)[4]) {
+        [&](int n, int k, uint32_t (&b)[4]) {
           ptx::ldmatrix_x4_trans(b, v_base + by_rows.offset(16 * k, n));
         });
   }
 
   // O and the statistics of this warp's rows over its keys of the item.
-  FA_DEVICE void run(AccumTile<1, kD>& acc_o, RowSoftmax<T>& softmax) {
+  // find_next() finds the next item, by one thread, while the first copies are under way.
+  template <class FindNext>
+  FA_DEVICE void run(AccumTile<1, kD>& acc_o, RowSoftmax<T>& softmax, FindNext find_next) {
     // A warp without a row only copies.
     const bool has_rows =
         kKeyParts > 1 || first_row() + 16 * warp < item().entry.q_seq.seqlen * group();
     const int begin = item().begin, num_units = 2 * (item().end - begin);
-    if (num_units > 0) copy_q();
     AccumTile<1, kN> acc_s;
-    // One body for all, so that there are few instructions; below unit 0 the ring fills.
+    acc_o.clear();
+    softmax = {};
+    if (num_units == 0) return find_next();
+    // One body for all, so that there are few instructions. Below unit 0 the ring fills; a CTA's
+    // first two turns that compute have nothing to do: their instructions come from memory while
+    // the first keys do. A unit is complete if at most kUnits - 2 groups are younger: every turn
+    // has made one, so there are that many, empty ones included.
+    const int num_dry = index == 0 ? DECODE_DRY : 0;
+    const int first = num_ahead - (kUnits - 1) - num_dry;
+    const int q_at = min(first + 1, 0);  // behind the first unit
 #pragma unroll 1
-    for (int unit = num_ahead - (kUnits - 1); unit < num_units; ++unit) {
-      if (unit == 0) read_q(index == 0);
+    for (int unit = first; unit < num_units; ++unit) {
+      if (unit == q_at) copy_q();
+      if (unit == 0) {
+        find_next();
+        read_q(index == 0);
+        acc_o.clear();
+        softmax = {};
+      }
       if (unit >= 0) wait_unit();
-      load_next();
-      if (unit < 0) continue;
+      if (unit < -num_dry || unit >= 0) load_next(unit >= 0 ? index + kRunsAhead : index);
+      if (unit < -num_dry) continue;
       if (has_rows) {
         if (unit % 2 == 0) {
           multiply_qk(acc_s, acc_o, softmax, begin + unit / 2);
@@ -573,6 +590,7 @@ struct DecodeCta {
           multiply_pv(acc_o, acc_s);
         }
       }
+      if (unit < 0) continue;
       slot = slot + 1 == kUnits ? 0 : slot + 1;
       --num_ahead;
     }
@@ -592,12 +610,12 @@ struct DecodeCta {
       values.y = pack<T>(merged.acc.z * scale, merged.acc.w * scale);
     }
     if (col < p.head_dim_v)
-      ptx::st_global_v2(static_cast<T*>(p.out) +
-                            element_offset(p.out_strides.batch, p.out_strides.token,
-                                           p.out_strides.head, entry.batch,
-                                           entry.q_seq.first_row + token, head) +
-                            col,
-                        values);
+      ptx::st_global_v2(
+          static_cast<T*>(p.out) +
+              element_offset(p.out_strides.batch, p.out_strides.token, p.out_strides.head,
+                             entry.batch, entry.q_seq.first_row + token, head) +
+              col,
+          values);
     if (col == 0) {
       const int64_t at =
           p.seqlens_q.cu_seqlens != nullptr
@@ -626,8 +644,13 @@ struct DecodeCta {
   FA_DEVICE void store(const AccumTile<1, kD>& acc_o, const RowSoftmax<T>& softmax) {
     // Q, or the ring, is read by all: their place becomes that of the results.
     __syncthreads();
+    const DecodeEntry& entry = item().entry;
+    // Rows of the tile that exist; rows that belong to no sequence are all in one, without a key.
+    const int stored = entry.q_seq.stored * group() - first_row();
+    const int rows = entry.batch < p.batch_size ? min(kTileM, stored) : stored;
     FA_UNROLL
     for (int r = 0; r < 2; ++r) {
+      if (kKeyParts > 1 && 8 * r >= rows) break;
       float* row = results() + (16 * warp + r * 8 + lane / 4) * kResultWords;
       FA_UNROLL
       for (int d = 0; d < kD; ++d) {
@@ -638,10 +661,6 @@ struct DecodeCta {
         *reinterpret_cast<float2*>(row + kHeadDim) = {softmax.row_max[r], softmax.row_sum[r]};
     }
     __syncthreads();  // the results of all warps are there
-    // Rows of the tile that exist; rows that belong to no sequence are all in one, without a key.
-    const DecodeEntry& entry = item().entry;
-    const int stored = entry.q_seq.stored * group() - first_row();
-    const int rows = entry.batch < p.batch_size ? min(kTileM, stored) : stored;
     const bool whole = item().first_cta == item().last_cta;
     for_each_group(0, rows, [&](int row, int col) {
       MergedRow merged;
@@ -667,19 +686,19 @@ struct DecodeCta {
     const int first = item().first_cta, num_parts = item().last_cta - first + 1;
     __syncthreads();  // the partial result of this CTA is written
     if (threadIdx.x == 0) {
-      __threadfence();  // and visible to who counts after this
-      shared.is_last = atomicAdd(counters() + first, 1) == num_parts - 1;
+      // It is visible to who counts after this, and what the others wrote before they counted is
+      // visible to this CTA.
+      shared.is_last = ptx::atom_add_acq_rel_gpu_s32(counters() + first, 1) == num_parts - 1;
       if (shared.is_last) counters()[first] = 0;
-      __threadfence();  // what the others wrote before they counted is visible to this CTA
     }
     __syncthreads();  // is_last is set
     if (!shared.is_last) return;
-    // Through shared memory, so that everything is under way at once: all of it if the ring is free.
-    // As many rows of all parts as have room; or one row of some parts after the others.
+    // Through shared memory, so that everything is under way at once: all of it if the ring is
+    // free. As many rows of all parts as have room; or one row of some parts after the others.
     const bool ring_is_free = !kRunsAhead || shared.items[(index + 1) % 3].end < 0;
     char* buffer = smem_begin + (ring_is_free ? 0 : kResultsBegin);
-    const int capacity = ring_is_free ? kRunsAhead ? kSmemBytes : kRingBytes
-                                      : kSmemBytes - kResultsBegin;
+    const int capacity =
+        ring_is_free ? kRunsAhead ? kSmemBytes : kRingBytes : kSmemBytes - kResultsBegin;
     const int rows_fit = capacity / (kResultWords * 4);
     const int parts_at_once = min(num_parts, rows_fit);
     const int rows_at_once = rows_fit / parts_at_once;
@@ -734,21 +753,17 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   cta.lane = threadIdx.x % kWarpSize;
   AccumTile<1, Cta::kD> acc_o;
   RowSoftmax<T> softmax;
-  cta.index = -1;
-  for (;;) {
-    // Each turn finds the item behind the next, the first turn both; and stores the item before.
-    if (threadIdx.x == kDecodeThreads - 1) {
 #pragma unroll 1
-      for (int n = cta.index < 0 ? 1 : 2; n <= 2; ++n)
-        next_item<T, kTileM>(p, launch, shared.cursor, shared.items[(cta.index + n) % 3]);
-    }
-    if (cta.index >= 0) cta.store(acc_o, softmax);
-    __syncthreads();  // the items are there, and the results are read
-    ++cta.index;
-    if (cta.item().end < 0) return;
-    acc_o.clear();
-    softmax = {};
-    cta.run(acc_o, softmax);
+  for (;; ++cta.index) {
+    // The next item has to be there before the ring runs ahead into it; its place is that of the
+    // item before the last, which everybody is done with.
+    cta.run(acc_o, softmax, [&] {
+      if (threadIdx.x == kDecodeThreads - 1)
+        next_item<kTileM>(p, launch, shared.cursor, shared.items[(cta.index + 1) % 3]);
+    });
+    cta.store(acc_o, softmax);
+    __syncthreads();  // the results are read
+    if (shared.items[(cta.index + 1) % 3].end < 0) return;
   }
 }
 
