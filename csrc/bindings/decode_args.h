@@ -29,8 +29,8 @@ inline const Tensor* pointer_to(const OptionalTensor& t) {
 inline void check_decode(const DecodeArgs& a) {
   const int64_t rank = a.varlen() ? 3 : 4;
   check_place("q", a.q, a.q, rank);
-  check_tensor("k_cache", a.k_cache, a.q, 4);
-  check_tensor("v_cache", a.v_cache, a.q, 4);
+  check_place("k_cache", a.k_cache, a.q, 4);
+  check_place("v_cache", a.v_cache, a.q, 4);
   check_dtype("k_cache", a.k_cache, a.q);
   check_dtype("v_cache", a.v_cache, a.q);
   for (int64_t i = 0; i < 3; ++i) check_size("v_cache", a.v_cache, i, a.k_cache.size(i));
@@ -39,7 +39,7 @@ inline void check_decode(const DecodeArgs& a) {
   FA_CHECK(heads_kv > 0 ? heads_q % heads_kv == 0 : heads_q == 0, "q: got ", heads_q,
            " heads, expected a multiple of the ", heads_kv, " of k_cache");
   if (a.page_table != nullptr) {
-    check_tensor("page_table", *a.page_table, a.q, 2);
+    check_place("page_table", *a.page_table, a.q, 2);
     check_dtype("page_table", *a.page_table, ScalarType::Int);
   }
 }
@@ -74,8 +74,13 @@ inline Problem decode_problem(const DecodeArgs& a) {
   p.alibi = a.scores.alibi_slopes.has_value();
   p.dropout = keep_threshold(a.scores.dropout_p) < 256;
   p.num_splits = to_int("num_splits", a.num_splits);
+  const auto is_readable = [](const Tensor& cache) {
+    return rows_aligned(cache, kRowBytes) && (cache.stride(3) == 1 || cache.size(3) == 1);
+  };
+  const bool table_is_readable =
+      a.page_table == nullptr || a.page_table->stride(1) == 1 || a.page_table->size(1) <= 1;
   p.alignment_bytes =
-      rows_aligned(a.k_cache, kRowBytes) && rows_aligned(a.v_cache, kRowBytes) ? kRowBytes : 1;
+      is_readable(a.k_cache) && is_readable(a.v_cache) && table_is_readable ? kRowBytes : 1;
   return p;
 }
 

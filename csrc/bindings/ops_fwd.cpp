@@ -167,7 +167,7 @@ OutLseDmask varlen_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                      return_dmask,
                      num_splits,
                      sm_margin};
-  if (page_table) {
+  if (page_table && !return_dmask) {
     const DecodeArgs paged = paged_args(args);
     if (const DecodeKernel decode = plan_decode(paged)) {
       Tensor out = new_decode_out(paged);
@@ -201,7 +201,7 @@ LseDmask varlen_fwd_out(const Tensor& q, const Tensor& k, const Tensor& v, const
                      num_splits,
                      sm_margin};
   check_out(args.attention, out);
-  if (page_table) {
+  if (page_table && !return_dmask) {
     const DecodeArgs paged = paged_args(args);
     if (const DecodeKernel decode = plan_decode(paged))
       return {launch_decode(decode, paged, out), new_tensor(q, {0})};

@@ -129,7 +129,7 @@ def test_decode_on_each_device(introspect: ModuleType, device: str) -> None:
         assert plan["tile"] == (16, 64)
         assert plan["num_ctas"] == min(2 * num_sms, 384)
         assert plan["smem_bytes"] <= smem_kb * 1024
-        words = plan["num_ctas"] * (2 * 16 * (head_dim + 4) + 1)
+        words = plan["num_ctas"] * (2 * 16 * (head_dim + 8) + 1)
         assert plan["workspace_bytes"] == 4 * words
 
 

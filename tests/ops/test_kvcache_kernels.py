@@ -208,7 +208,7 @@ def check(case: CacheCase, dtype: torch.dtype) -> None:
     out, lse = fa.flash_attn_with_kvcache(**call)
     exact, plain = expected(case, data), expected(case, data, upcast=False)
     assert_close_2x(out.cpu(), exact.out, plain.out)
-    assert_equals(lse.cpu(), exact.lse, 2e-3 if case.rotary else 2e-5 * case.slots**0.5, "lse")
+    assert_close_2x(lse.cpu(), exact.lse, plain.lse, name="lse")
     for name in ("k_cache", "v_cache"):
         written, wanted = call[name].cpu(), getattr(plain, name)
         assert torch.equal(written.isnan(), wanted.isnan())
@@ -324,7 +324,7 @@ def generate(num_splits: int, steps: list[int], page_size: int | None) -> Tensor
     total, heads_q, heads_kv, d = sum(steps), 8, 2, 64
     q = torch.randn(1, total, heads_q, d).to(DEVICE, BF16)
     k, v = (torch.randn(1, total, heads_kv, d).to(DEVICE, BF16) for _ in range(2))
-    angles = torch.rand(total, d // 2).to(DEVICE) * 6
+    angles = torch.rand(total + 16, d // 2).to(DEVICE) * 6
     shape = (1, total) if page_size is None else (-(-total // page_size), page_size)
     caches = [torch.full((*shape, heads_kv, d), torch.nan).to(DEVICE, BF16) for _ in range(2)]
     table = None
@@ -356,7 +356,8 @@ def test_generation_equals_prefill(page_size: int | None) -> None:
     prefill = generate(1, [200], page_size)
     assert torch.equal(generate(1, [1] * 200, page_size), prefill)
     assert torch.equal(generate(1, [64, 1, 70, 65], page_size), prefill)
-    assert_equals(generate(0, [1] * 200, page_size), prefill.double(), 2e-2)
+    last_place = 2**-5  # of bf16 below 8
+    assert_equals(generate(0, [1] * 200, page_size), prefill.double(), last_place)
 
 
 def test_graph_with_changing_lengths() -> None:
