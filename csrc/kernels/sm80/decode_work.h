@@ -175,7 +175,10 @@ FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch, Dec
     longest = max(longest, shared.warp_longest[w]);
   }
   if (total == 0) return false;
-  const WorkSplit split = split_work(total, gridDim.x, p.num_splits, longest);
+  // Uncut, a position is a whole tile.
+  const int num_ctas = gridDim.x;
+  const WorkSplit split = p.num_splits == 1 ? WorkSplit{total, ceil_div(total, num_ctas)}
+                                            : split_work(total, num_ctas, p.num_splits, longest);
   const int begin = blockIdx.x * split.per_part;
   if (begin >= total) return false;
   if (before <= begin && begin < before + sum) {
