@@ -170,11 +170,13 @@ def _attention_problem(form: str, call: dict[str, Any], dtype: str) -> Problem:
     k, v = (call["k_cache"], call["v_cache"]) if form == "kvcache" else (call["k"], call["v"])
     window_left, window_right = _checks.window(call["causal"], call["window_size"])
     dropout = call.get("dropout_p", 0.0) > 0
+    keys = _key_sizes(form, k, v, call)
+    decode = form == "kvcache" or keys["page_size"] > 0
     return {
-        "family": "decode" if form == "kvcache" else "fwd",
+        "family": "decode" if decode else "fwd",
         "dtype": dtype,
         **_query_sizes(q, call),
-        **_key_sizes(form, k, v, call),
+        **keys,
         "window_left": window_left,
         "window_right": window_right,
         "softcap": call["softcap"] != 0,
@@ -184,7 +186,8 @@ def _attention_problem(form: str, call: dict[str, Any], dtype: str) -> Problem:
         "positive_scale": call["softmax_scale"] is None or call["softmax_scale"] > 0,
         "deterministic": call.get("deterministic", False),
         "num_splits": call.get("num_splits", 0),
-        "alignment_bytes": _alignment((q, k, v)),
+        # q is copied if it has to be, a cache never is.
+        "alignment_bytes": _alignment((k, v) if decode else (q, k, v)),
     }
 
 

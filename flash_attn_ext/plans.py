@@ -371,7 +371,6 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         **_ATTENTION_FEATURES,
         "dropout": {"dropout": True},
         "S_dmask": {"dropout": True, "dmask": True},
-        "paged": {"page_size": 16},
     },
     "bwd": {
         **_ATTENTION_FEATURES,

@@ -1,6 +1,7 @@
 // Ops of the attention forward: fwd, varlen_fwd, and their forms that write into a given `out`.
 #include "bindings/aligned_rows.h"
 #include "bindings/attention_args.h"
+#include "bindings/decode_args.h"
 
 namespace fa {
 namespace {
@@ -99,6 +100,27 @@ void check_out(const AttentionArgs& a, const Tensor& out) {
   check_size("out", out, rank - 1, a.v.size(a.v.dim() - 1));
 }
 
+// The keys of varlen_fwd in pages: the decode kernels have them.
+DecodeArgs paged_args(const FwdArgs& args) {
+  const AttentionArgs& a = args.attention;
+  const LengthArgs& l = *a.lengths;
+  return {a.q,
+          a.k,
+          a.v,
+          pointer_to(l.seqused_k),
+          nullptr,
+          nullptr,
+          a.page_table,
+          &l.cu_seqlens_q,
+          pointer_to(l.seqused_q),
+          pointer_to(l.cu_seqlens_k),
+          l.max_seqlen_q,
+          l.max_seqlen_k,
+          a.scores,
+          args.num_splits,
+          args.sm_margin};
+}
+
 using OutLseDmask = std::tuple<Tensor, Tensor, Tensor>;
 using LseDmask = std::tuple<Tensor, Tensor>;
 
@@ -145,7 +167,15 @@ OutLseDmask varlen_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                      return_dmask,
                      num_splits,
                      sm_margin};
-  const FwdKernel kernel = plan_fwd(args);
+  if (page_table && !return_dmask) {
+    const DecodeArgs paged = paged_args(args);
+    if (const DecodeKernel decode = plan_decode(paged)) {
+      Tensor out = new_decode_out(paged);
+      Tensor lse = launch_decode(decode, paged, out);
+      return {out, lse, new_tensor(q, {0})};
+    }
+  }
+  const FwdKernel kernel = page_table ? FwdKernel{} : plan_fwd(args);
   if (!kernel) {
     return args.call_tiled<OutLseDmask>("flash_attn_ext::varlen_fwd", q, k, v, cu_seqlens_q,
                                         cu_seqlens_k, seqused_q, seqused_k, page_table,
@@ -170,8 +200,13 @@ LseDmask varlen_fwd_out(const Tensor& q, const Tensor& k, const Tensor& v, const
                      return_dmask,
                      num_splits,
                      sm_margin};
-  const FwdKernel kernel = plan_fwd(args);
   check_out(args.attention, out);
+  if (page_table && !return_dmask) {
+    const DecodeArgs paged = paged_args(args);
+    if (const DecodeKernel decode = plan_decode(paged))
+      return {launch_decode(decode, paged, out), new_tensor(q, {0})};
+  }
+  const FwdKernel kernel = page_table ? FwdKernel{} : plan_fwd(args);
   if (!kernel) {
     return args.call_tiled<LseDmask>("flash_attn_ext::varlen_fwd_out", q, k, v, out, cu_seqlens_q,
                                      cu_seqlens_k, seqused_q, seqused_k, page_table, max_seqlen_q,

@@ -1,5 +1,6 @@
-// Ops of the KV cache: append_kv.
-#include "bindings/device.h"
+// Ops of the KV cache: append_kv, kvcache_fwd and kvcache_append_fwd.
+#include "bindings/decode_args.h"
+#include "bindings/rotary_op.h"
 #include "bindings/rotary_table.h"
 #include "bindings/stable_torch.h"
 #include "bindings/tensor_checks.h"
@@ -131,9 +132,120 @@ void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, co
   launch_append_kv(kernel, args, sizes);
 }
 
+using OutLse = std::tuple<Tensor, Tensor>;
+
+OutLse kvcache_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                   const OptionalTensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
+                   const OptionalTensor& cache_leftpad, const OptionalTensor& page_table,
+                   const OptionalTensor& cu_seqlens_q, int64_t max_seqlen_q,
+                   const OptionalTensor& alibi_slopes, double softmax_scale, int64_t window_left,
+                   int64_t window_right, double softcap, int64_t num_splits, int64_t sm_margin) {
+  const OptionalTensor none;
+  const ScoreArgs scores{alibi_slopes, none, softmax_scale, window_left, window_right, softcap, 0.};
+  DecodeArgs args{q,
+                  k_cache,
+                  v_cache,
+                  pointer_to(cache_seqlens),
+                  pointer_to(cache_batch_idx),
+                  pointer_to(cache_leftpad),
+                  pointer_to(page_table),
+                  pointer_to(cu_seqlens_q),
+                  nullptr,
+                  nullptr,
+                  max_seqlen_q,
+                  std::nullopt,
+                  scores,
+                  num_splits,
+                  sm_margin};
+  const DecodeKernel kernel = plan_decode(args);
+  if (!kernel) {
+    return call_tiled<OutLse>("flash_attn_ext::kvcache_fwd", q, k_cache, v_cache, cache_seqlens,
+                              cache_batch_idx, cache_leftpad, page_table, cu_seqlens_q,
+                              max_seqlen_q, alibi_slopes, softmax_scale, window_left, window_right,
+                              softcap, num_splits, sm_margin);
+  }
+  Tensor out = new_decode_out(args);
+  Tensor lse = launch_decode(kernel, args, out);
+  return {out, lse};
+}
+
+OutLse kvcache_append_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                          const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens_k_new,
+                          const OptionalTensor& cache_seqlens,
+                          const OptionalTensor& cache_batch_idx,
+                          const OptionalTensor& cache_leftpad, const OptionalTensor& page_table,
+                          const OptionalTensor& cu_seqlens_q, int64_t max_seqlen_q,
+                          const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin,
+                          const OptionalTensor& rotary_seqlens, bool rotary_interleaved,
+                          const OptionalTensor& alibi_slopes, double softmax_scale,
+                          int64_t window_left, int64_t window_right, double softcap,
+                          int64_t num_splits, int64_t sm_margin) {
+  FA_CHECK(cache_seqlens.has_value(), "cache_seqlens: got None, expected [batch] with k");
+  const OptionalTensor none;
+  const ScoreArgs scores{alibi_slopes, none, softmax_scale, window_left, window_right, softcap, 0.};
+  DecodeArgs args{q,
+                  k_cache,
+                  v_cache,
+                  pointer_to(cache_seqlens),
+                  pointer_to(cache_batch_idx),
+                  pointer_to(cache_leftpad),
+                  pointer_to(page_table),
+                  pointer_to(cu_seqlens_q),
+                  nullptr,
+                  nullptr,
+                  max_seqlen_q,
+                  std::nullopt,
+                  scores,
+                  num_splits,
+                  sm_margin};
+  const DecodeKernel kernel = plan_decode(args);
+  if (!kernel) {
+    return call_tiled<OutLse>("flash_attn_ext::kvcache_append_fwd", q, k_cache, v_cache, k, v,
+                              cu_seqlens_k_new, cache_seqlens, cache_batch_idx, cache_leftpad,
+                              page_table, cu_seqlens_q, max_seqlen_q, rotary_cos, rotary_sin,
+                              rotary_seqlens, rotary_interleaved, alibi_slopes, softmax_scale,
+                              window_left, window_right, softcap, num_splits, sm_margin);
+  }
+  append_kv(k_cache, v_cache, k, v, *cache_seqlens, cache_batch_idx, page_table, cu_seqlens_k_new,
+            rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved);
+  std::optional<Tensor> rotated;
+  if (rotary_cos) {
+    const bool same_position = window_left < 0 && window_right < 0;
+    rotated = rotary(q, *rotary_cos, *rotary_sin, rotary_seqlens ? rotary_seqlens : cache_seqlens,
+                     cu_seqlens_q, max_seqlen_q, rotary_interleaved, false, same_position);
+  }
+  AppendedKeys appended;
+  if (cu_seqlens_k_new) {
+    appended.cu_seqlens_new =
+        int32_vector("cu_seqlens_k_new", *cu_seqlens_k_new, q, kernel.problem.batch_size + 1);
+  } else {
+    appended.seqlen_new = to_int("seqlen", k.size(1));
+  }
+  Tensor out = new_decode_out(args);
+  const DecodeArgs with_q{rotated ? *rotated : q,
+                          k_cache,
+                          v_cache,
+                          args.cache_seqlens,
+                          args.cache_batch_idx,
+                          args.cache_leftpad,
+                          args.page_table,
+                          args.cu_seqlens_q,
+                          nullptr,
+                          nullptr,
+                          max_seqlen_q,
+                          std::nullopt,
+                          scores,
+                          num_splits,
+                          sm_margin};
+  Tensor lse = launch_decode(kernel, with_q, out, appended);
+  return {out, lse};
+}
+
 }  // namespace
 }  // namespace fa
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_ext, CUDA, m) {
   m.impl("append_kv", TORCH_BOX(&fa::append_kv));
+  m.impl("kvcache_fwd", TORCH_BOX(&fa::kvcache_fwd));
+  m.impl("kvcache_append_fwd", TORCH_BOX(&fa::kvcache_append_fwd));
 }

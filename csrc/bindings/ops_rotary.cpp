@@ -1,5 +1,6 @@
 // Ops of the rotary embedding: rotary and rotary_.
 #include "bindings/device.h"
+#include "bindings/rotary_op.h"
 #include "bindings/rotary_table.h"
 #include "bindings/stable_torch.h"
 #include "bindings/tensor_checks.h"
@@ -72,6 +73,8 @@ void launch_rotary(const PlannedKernel& kernel, const RotaryArgs& args, const Te
   launch(*kernel.backend, kernel.backend->rotary, p, x.get_device_index());
 }
 
+}  // namespace
+
 Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
               const OptionalTensor& seqlen_offsets, const OptionalTensor& cu_seqlens,
               int64_t max_seqlen, bool interleaved, bool conjugate, bool same_position) {
@@ -84,6 +87,8 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
   launch_rotary(kernel, args, out);
   return out;
 }
+
+namespace {
 
 void rotary_in_place(const Tensor& x, const Tensor& cos, const Tensor& sin,
                      const OptionalTensor& seqlen_offsets, const OptionalTensor& cu_seqlens,

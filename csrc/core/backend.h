@@ -20,6 +20,7 @@ struct Backend {
   int (*bwd_preprocess)(const BwdPreprocessParams& params, void* stream);
   int (*rotary)(const RotaryParams& params, void* stream);
   int (*append_kv)(const AppendKvParams& params, void* stream);
+  int (*decode)(const DecodeParams& params, void* stream);
 };
 
 }  // namespace fa

@@ -76,14 +76,19 @@ FA_HD constexpr BlockRange blocks_over(Range needed, Range full, int width) {
   return {begin, end, full_begin, full_end};
 }
 
-// Forward: n_blocks that m_block visits. A block with keys past seqlen_k is never full. Rows past
-// seqlen_q are ignored: the kernel does not store them.
+// Key blocks that a non-empty range of queries, all inside the sequence, needs. A block with keys
+// past seqlen_k is never full.
+FA_HD constexpr BlockRange key_blocks(MaskSpec m, Range queries, int tile_n) {
+  const Range first = key_range(m, queries.begin), last = key_range(m, queries.end - 1);
+  return blocks_over({first.begin, last.end}, {last.begin, max(last.begin, first.end)}, tile_n);
+}
+
+// Forward: n_blocks that m_block visits. Rows past seqlen_q are ignored: the kernel does not store
+// them.
 FA_HD constexpr BlockRange n_block_range(MaskSpec m, int m_block, int tile_m, int tile_n) {
   const int q_first = m_block * tile_m;
   if (q_first >= m.seqlen_q) return {0, 0, 0, 0};
-  const Range first = key_range(m, q_first);
-  const Range last = key_range(m, min(q_first + tile_m, m.seqlen_q) - 1);
-  return blocks_over({first.begin, last.end}, {last.begin, max(last.begin, first.end)}, tile_n);
+  return key_blocks(m, {q_first, min(q_first + tile_m, m.seqlen_q)}, tile_n);
 }
 
 // Backward: m_blocks that n_block visits. A block with rows past seqlen_q is never full, and

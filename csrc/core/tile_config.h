@@ -373,4 +373,53 @@ static_assert(warpgroup_registers_fit(1) && warpgroup_registers_fit(2) &&
 static_assert(bwd_registers_fit(sm90_bwd_registers(96)) &&
               bwd_registers_fit(sm90_bwd_registers(128)));
 
+// Decode: a CTA of four warps streams blocks of kDecodeTileN keys through a ring of units, a unit
+// being the keys or the values of a block. Rows are query heads of one KV head and their queries.
+constexpr int kDecodeTileN = 64;
+constexpr int kDecodeThreads = 128;
+constexpr int kDecodeFewRows = 16;   // every warp has all rows and a quarter of the keys of a block
+constexpr int kDecodeManyRows = 64;  // every warp has 16 rows and all keys
+constexpr int kDecodeCtasPerSm = 2;  // at a time; their registers leave room for no third
+constexpr int kDecodeMaxCtas = 384;  // of one launch: those of 192 SMs
+
+// Up to 128, the ring runs on into the next tile while the results of one leave; beyond, they leave
+// through the ring, and Q, which has no room in registers, has a place of its own.
+FA_HD constexpr bool decode_runs_ahead(int head_dim) {
+  return built_head_dim(head_dim) <= 128;
+}
+// Units in the ring. 98 KB of shared memory in all: two CTAs on an SM of 228 KB, one on one of 100.
+FA_HD constexpr int decode_num_units(int head_dim) {
+  switch (built_head_dim(head_dim)) {
+    case 64: return 10;
+    case 96: return 6;
+    case 128: return 4;
+    case 192: return 3;
+    case 256: return 2;
+  }
+  return 0;
+}
+// A row of results in fp32: the sums, their maximum, their sum of weights, and words that keep rows
+// in different banks.
+FA_HD constexpr int decode_result_words(int head_dim) {
+  return built_head_dim(head_dim) + 8;
+}
+FA_HD constexpr int decode_ring_bytes(int head_dim) {
+  return decode_num_units(head_dim) * kDecodeTileN * 2 * built_head_dim(head_dim);
+}
+// Dynamic shared memory of a CTA.
+FA_HD constexpr int decode_smem_bytes(int head_dim, int tile_m) {
+  const int results = kDecodeManyRows * decode_result_words(head_dim) * 4;
+  const int ring = decode_ring_bytes(head_dim);
+  return decode_runs_ahead(head_dim) ? ring + results
+                                     : max(results, ring + tile_m * 2 * built_head_dim(head_dim));
+}
+// 4-byte words of global memory that a launch needs: results of two tiles for each CTA
+// (core/decode_schedule.h), and a counter for each.
+FA_HD constexpr int64_t decode_partial_words(int num_ctas, int tile_m, int head_dim) {
+  return int64_t{2} * num_ctas * tile_m * decode_result_words(head_dim);
+}
+FA_HD constexpr int64_t decode_workspace_words(int num_ctas, int tile_m, int head_dim) {
+  return decode_partial_words(num_ctas, tile_m, head_dim) + num_ctas;
+}
+
 }  // namespace fa

@@ -15,6 +15,8 @@ template <class T, int kHeadDim>
 int launch_fwd(const FwdParams& params, cudaStream_t stream);
 template <class T, int kHeadDim>
 int launch_bwd(const BwdParams& params, cudaStream_t stream);
+template <class T, int kHeadDim>
+int launch_decode(const DecodeParams& params, cudaStream_t stream);
 
 // One definition each a library, in the instance file of the family.
 int fwd(const FwdParams& params, void* stream);
@@ -23,6 +25,7 @@ int combine(const CombineParams& params, void* stream);
 int bwd_preprocess(const BwdPreprocessParams& params, void* stream);
 int rotary(const RotaryParams& params, void* stream);
 int append_kv(const AppendKvParams& params, void* stream);
+int decode(const DecodeParams& params, void* stream);
 
 }  // namespace fa
 
@@ -76,6 +79,7 @@ int append_kv(const AppendKvParams& params, void* stream);
         fa::combine,                                                                      \
         fa::bwd_preprocess,                                                               \
         fa::rotary,                                                                       \
-        fa::append_kv};                                                                   \
+        fa::append_kv,                                                                    \
+        fa::decode};                                                                      \
     return &backend;                                                                      \
   }

@@ -18,6 +18,17 @@ FA_DEVICE void red_release_gpu_add_s32(int* ptr, int x) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(ptr), "r"(x) : "memory");
 }
 
+// The same, and returns what *ptr was; what was written before additions that it sees is visible to
+// this thread and those it synchronises with after it.
+FA_DEVICE int atom_add_acq_rel_gpu_s32(int* ptr, int x) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(ptr), "r"(x)
+               : "memory");
+  return before;
+}
+
 FA_DEVICE int ld_acquire_gpu_s32(const int* ptr) {
   int x;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(ptr) : "memory");

@@ -2,6 +2,7 @@
 // core/ at run time and at compile time.
 #include "core/accum_layout.h"
 #include "core/bwd_workspace.h"
+#include "core/decode_schedule.h"
 #include "core/dtype.h"
 #include "core/fast_div.h"
 #include "core/lse_rows.h"
@@ -34,7 +35,8 @@ __global__ void probe_ranges(SeqlenArgs args_q, SeqlenArgs args_k, TileGrid grid
   const TokenTile tokens = token_tile(args_q.cu_seqlens, grid.batch_size, q.seqlen, 64, blockIdx.x);
   out[threadIdx.x] = tokens.begin + part.begin + part.full_end + rows.full_begin + varlen.m_block +
                      is_kept(mask, threadIdx.x, threadIdx.y) + tile_coord(grid, 1, false).head +
-                     choose_num_splits(grid.size(), gridDim.z, blocks.size(), 32);
+                     choose_num_splits(grid.size(), gridDim.z, blocks.size(), 32) +
+                     split_work(gridDim.x, 7, 0, 1).part_of(threadIdx.x);
 }
 
 __global__ void probe_layouts(const int* page_table_row, int page_size, int* out) {

@@ -5,10 +5,12 @@
 #include <vector>
 
 #include "core/bwd_workspace.h"
+#include "core/decode_schedule.h"
 #include "core/fast_div.h"
 #include "core/page_table.h"
 #include "core/seqlen.h"
 #include "core/split.h"
+#include "core/tile_config.h"
 #include "core/tile_scheduler.h"
 #include "tests/check.h"
 
@@ -295,9 +297,67 @@ void test_integer_helpers() {
   CHECK(clamp(5, 0, 3) == 3 && clamp(-5, 0, 3) == 0 && clamp(2, 0, 3) == 2, "clamp");
 }
 
+void test_split_work() {
+  for (int total = 1; total < 90; ++total)
+    for (int num_ctas : {1, 2, 3, 7, 40, 300})
+      for (int max_splits : {0, 2, 3, 9})
+        for (int longest = 1; longest <= total; longest += longest < 9 ? 1 : 13) {
+          const WorkSplit split = split_work(total, num_ctas, max_splits, longest);
+          const int parts = split.num_parts();
+          CHECK(1 <= parts && parts <= num_ctas, "parts total=%d longest=%d", total, longest);
+          CHECK(split.begin(0) == 0 && split.begin(parts) == total, "covers total=%d", total);
+          for (int part = 0; part < parts; ++part) {
+            CHECK(split.begin(part) < split.begin(part + 1), "empty part total=%d", total);
+            for (int at = split.begin(part); at < split.begin(part + 1); ++at)
+              CHECK(split.part_of(at) == part, "part_of total=%d at=%d", total, at);
+          }
+          // A whole number of the longest tiles to a part, or of parts to such a tile.
+          if (max_splits < 2 && total % longest == 0) {
+            int cut = 0;
+            for (int part = 1; part < parts; ++part) cut += split.begin(part) % longest != 0;
+            const int to_a_tile = ceil_div(longest, split.per_part);
+            CHECK(cut == 0 || longest % split.per_part != 0 ||
+                      cut == (to_a_tile - 1) * (total / longest),
+                  "cut total=%d longest=%d", total, longest);
+          }
+          if (max_splits < 2) continue;
+          for (int tile = 0; tile + longest <= total; ++tile)
+            CHECK(split.part_of(tile + longest - 1) - split.part_of(tile) + 1 <= max_splits,
+                  "splits total=%d longest=%d max=%d", total, longest, max_splits);
+        }
+}
+
+// Rows of all heads of a group, packed into tiles: every row is in one tile.
+void test_packed_m_blocks() {
+  for (int queries = 0; queries < 40; ++queries)
+    for (int group : {1, 3, 8, 20})
+      for (int tile_m : {16, 64}) {
+        const int tiles = packed_m_blocks(queries, group, tile_m);
+        CHECK(tiles * tile_m >= queries * group && (tiles - 1) * tile_m < max(queries * group, 1),
+              "queries=%d group=%d tile_m=%d", queries, group, tile_m);
+      }
+}
+
+// Two CTAs on an SM of 228 KB and one on one of 100 KB, 1 KB of each taken by the system, and room
+// for what a CTA has beside.
+void test_decode_smem() {
+  constexpr int kStatic = 1024, kSystem = 1024;
+  for (int head_dim : {64, 96, 128, 192, 256})
+    for (int tile_m : {kDecodeFewRows, kDecodeManyRows}) {
+      const int bytes = decode_smem_bytes(head_dim, tile_m);
+      CHECK(bytes + kStatic <= kSmemBytes99, "head_dim=%d tile_m=%d", head_dim, tile_m);
+      CHECK(kDecodeCtasPerSm * (bytes + kStatic + kSystem) <= 228 * 1024, "head_dim=%d", head_dim);
+      CHECK(decode_num_units(head_dim) >= 2 && decode_result_words(head_dim) % 4 == 0,
+            "head_dim=%d", head_dim);
+    }
+}
+
 }  // namespace
 
 int main() {
+  test_split_work();
+  test_packed_m_blocks();
+  test_decode_smem();
   test_integer_helpers();
   test_fast_div();
   test_split_range();

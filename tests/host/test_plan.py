@@ -77,6 +77,7 @@ def test_instances_of_this_version(introspect: ModuleType) -> None:
     row_types = ("fp16", "bf16", "fp32")
     expected = {
         *itertools.product(("sm80", "sm90"), ROW_FAMILIES, row_types, (0,)),
+        *itertools.product(("sm80", "sm90"), ("decode",), ("fp16", "bf16"), BUILT),
         *itertools.product(("sm80",), ATTENTION, ("fp16", "bf16"), BUILT),
         *itertools.product(("sm90",), ("fwd",), ("fp16", "bf16"), BUILT),
         *itertools.product(("sm90",), ("bwd",), ("fp16", "bf16"), SM90_BWD),
@@ -114,11 +115,76 @@ def reasons(introspect: ModuleType, fields: dict[str, Any], device: Any = "sm80"
 ROWS = "combine, bwd_preprocess, rotary, append_kv"
 
 
-def test_decode_has_no_kernel(introspect: ModuleType) -> None:
-    sm80 = f"sm80: it has no decode kernel, only fwd, bwd, {ROWS}"
-    assert reasons(introspect, problem("decode"), "a100") == [sm80]
-    sm90 = f"sm90: it has no decode kernel, only fwd, bwd, {ROWS}"
-    assert reasons(introspect, problem("decode"), "h100") == [sm90, sm80]
+@pytest.mark.parametrize("device", [*DEVICES])
+def test_decode_on_each_device(introspect: ModuleType, device: str) -> None:
+    """Two CTAs to an SM at most share out the blocks of 64 keys."""
+    major, _, num_sms, smem_kb = DEVICES[device]
+    own = "sm90" if major == 9 else "sm80"
+    for head_dim, dtype in itertools.product(BUILT, ("fp16", "bf16")):
+        sizes = {"head_dim": head_dim - 8, "head_dim_v": head_dim, "seqlen_k": 100_000}
+        plan = introspect.make_plan(
+            problem("decode", dtype=dtype, **sizes, seqlen_q=4), device, ALL
+        )
+        assert plan["kernel"] == f"{own}_decode_hdim{head_dim}_{dtype}"
+        assert plan["tile"] == (16, 64)
+        assert plan["num_ctas"] == min(2 * num_sms, 384)
+        assert plan["smem_bytes"] <= smem_kb * 1024
+        words = plan["num_ctas"] * (2 * 16 * (head_dim + 8) + 1)
+        assert plan["workspace_bytes"] == 4 * words
+
+
+@pytest.mark.parametrize(
+    ("fields", "tile_m", "num_ctas"),
+    [
+        ({"seqlen_q": 1, "num_heads_kv": 1, "num_heads_q": 16}, 16, 2 * 2),
+        ({"seqlen_q": 1, "num_heads_kv": 1, "num_heads_q": 17}, 64, 2 * 2),
+        ({"seqlen_q": 16}, 16, 2 * 4 * 2),
+        ({"seqlen_q": 17}, 64, 2 * 4 * 2),
+        ({"seqlen_q": 65}, 64, 2 * 4 * 2 * 2),
+        ({"seqlen_q": 1, "num_splits": 1}, 64, 2 * 4),  # no tile is split
+        ({"seqlen_q": 1, "num_splits": 3}, 16, 2 * 4 * 2),
+        ({"seqlen_q": 1, "seqlen_k": 0}, 16, 2 * 4),
+        ({"seqlen_q": 1, "varlen": True, "total_q": 2}, 16, 3 * 4 * 2),
+        ({"batch_size": 0}, 64, 0),
+    ],
+)
+def test_decode_tile(
+    introspect: ModuleType, fields: dict[str, int], tile_m: int, num_ctas: int
+) -> None:
+    """Rows are queries and the query heads of one KV head; no more CTAs than blocks of keys."""
+    plan = introspect.make_plan(problem("decode", **fields), "h100", ALL)
+    assert (plan["tile"], plan["num_ctas"]) == ((tile_m, 64), num_ctas)
+    assert (plan["workspace_bytes"] == 0) == (fields.get("num_splits") == 1 or num_ctas == 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"dropout": True}, "dropout: decode has none"),
+        (
+            {"head_dim": 60},
+            "head_dim=60: decode takes multiples of 8, as it never copies a cache",
+        ),
+        (
+            {"head_dim_v": 60},
+            "head_dim_v=60: decode takes multiples of 8, as it never copies a cache",
+        ),
+        (
+            {"alignment_bytes": 8},
+            "alignment_bytes=8: decode reads 16 bytes at a time and never copies a cache",
+        ),
+        (
+            {"batch_size": 1 << 15, "seqlen_k": 1 << 22},
+            f"blocks of keys={1 << 34}: decode takes at most 2147483647",
+        ),
+        ({"head_dim": 264}, "head_dim=264: decode is built for 64, 96, 128, 192, 256"),
+        ({"dtype": "fp32"}, "dtype=fp32: decode is built for fp16, bf16"),
+    ],
+)
+def test_decode_refuses(introspect: ModuleType, fields: dict[str, Any], why: str) -> None:
+    sizes = {"num_heads_q": 8, "num_heads_kv": 8, "seqlen_q": 1}
+    expected = [f"sm90: {why}", f"sm80: {why}"]
+    assert reasons(introspect, problem("decode", **{**sizes, **fields}), "h100") == expected
 
 
 @pytest.mark.parametrize("family", ATTENTION)

@@ -1,0 +1,12 @@
+// The op rotary, for the ops that need it as a step.
+#pragma once
+#include "bindings/stable_torch.h"
+
+namespace fa {
+
+// Arguments as in the schema; defined in ops_rotary.cpp.
+Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
+              const OptionalTensor& seqlen_offsets, const OptionalTensor& cu_seqlens,
+              int64_t max_seqlen, bool interleaved, bool conjugate, bool same_position);
+
+}  // namespace fa

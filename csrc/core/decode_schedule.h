@@ -1,0 +1,51 @@
+// How the CTAs of a decode kernel share out keys: every CTA streams the same number of key blocks,
+// whatever the lengths of the sequences.
+//
+// The blocks of all output tiles stand in one row, tile after tile, and every CTA takes a
+// contiguous part of it. So a tile may be cut, into parts that belong to consecutive CTAs.
+#pragma once
+#include "core/host_device.h"
+#include "core/mask.h"
+
+namespace fa {
+
+// Positions [0, total) in parts of per_part; the last one may be smaller.
+struct WorkSplit {
+  int total, per_part;
+
+  FA_HD constexpr int num_parts() const { return ceil_div(total, per_part); }
+  FA_HD constexpr int begin(int part) const { return min(total, part * per_part); }
+  // The part that has position `at`.
+  FA_HD constexpr int part_of(int at) const { return at / per_part; }
+};
+
+// Below this many blocks for each of num_ctas CTAs, half as many CTAs are faster: a launch is short
+// then, and what a merge of parts costs outweighs what a second CTA on the SM hides.
+constexpr int kFewDecodeBlocks = 16;
+
+// Parts for at most num_ctas CTAs. Memory is the limit, so it matters little whether all CTAs have
+// work, but much whether a tile is cut or a CTA has parts of two: parts are whole tiles of the
+// longest kind, or such a tile is a whole number of parts. max_splits > 1: no tile is in more than
+// max_splits parts. 1 <= longest_tile <= total, num_ctas >= 1.
+FA_HD constexpr WorkSplit split_work(int total, int num_ctas, int max_splits, int longest_tile) {
+  const int target = total / kFewDecodeBlocks < num_ctas ? ceil_div(num_ctas, 2) : num_ctas;
+  const int tiles = ceil_div(total, longest_tile);
+  const int per_part = tiles >= target ? ceil_div(tiles, target) * longest_tile
+                                       : ceil_div(longest_tile, target / tiles);
+  return {total, max_splits > 1 ? max(per_part, ceil_div(longest_tile, max_splits - 1)) : per_part};
+}
+
+// Query heads of one KV head share its keys, so a tile of a decode kernel packs them: row r is
+// query r / group_size, head r % group_size of the KV head. Number of tiles for `queries`, which
+// the plan keeps below 2^30 rows:
+FA_HD constexpr int packed_m_blocks(int queries, int group_size, int tile_m) {
+  return ceil_div(queries * group_size, tile_m);
+}
+
+static_assert(split_work(128 * 128, 264, 0, 128).per_part == 64);     // two CTAs for each tile
+static_assert(split_work(128 * 16, 264, 0, 16).per_part == 16);       // few blocks: one for each
+static_assert(split_work(1024 * 16, 264, 0, 16).per_part == 4 * 16);  // four tiles for each CTA
+static_assert(split_work(100, 8, 2, 50).num_parts() == 2);            // no tile is in three parts
+static_assert(packed_m_blocks(3, 8, 16) == 2);
+
+}  // namespace fa

@@ -1,0 +1,3 @@
+// SM80: choice among the instances of decode.
+#include "kernels/instantiate.h"
+FA_INSTANTIATE_BY_HEAD_DIM(decode, DecodeParams)

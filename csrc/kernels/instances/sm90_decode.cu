@@ -1,0 +1,3 @@
+// SM90: choice among the instances of decode.
+#include "kernels/instantiate.h"
+FA_INSTANTIATE_BY_HEAD_DIM(decode, DecodeParams)

@@ -1,0 +1,619 @@
+// Attention of a few queries against a long KV cache with mma.sync and cp.async, for compute
+// capability 8.0 and newer. Bound by memory, so it serves SM90 too.
+//
+// A CTA takes an equal share of all key blocks (core/decode_schedule.h) and walks the tiles in it:
+//   for n_block of the share:  S = Q K^T;  mask(S);  P = softmax weights of S;  O += P V
+// A tile is kTileM rows: the query heads of one KV head and their queries, so keys are read once.
+// 16 rows: every warp computes all of them with its own quarter of each block, the four results are
+// merged at the end, and no warp waits for another in the loop. 64 rows: 16 to a warp, keys shared.
+// Memory: a ring of units [64, head_dim], keys and values of a block by turns, rows swizzled; each
+// warp copies 16 keys of every unit. Behind it the results, one row of fp32 for each row of each
+// warp; while they are merged and stored, the ring fills with the blocks of the next tile.
+// A tile that is cut leaves partial results in global memory; the last CTA of a tile to arrive
+// merges them, so one launch does everything. Lengths, pages and the split are read and computed on
+// the device. A short call is bound by latency, instructions fetched for the first time included,
+// so what runs once is kept short. Numbers: docs/performance/decode.md.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "attention/apply_mask.h"
+#include "attention/score_mod.h"
+#include "attention/softmax.h"
+#include "core/page_table.h"
+#include "core/params.h"
+#include "core/tile_config.h"
+#include "kernels/launch.h"
+#include "kernels/sm80/decode_work.h"
+#include "kernels/tile_counter.h"
+#include "ptx/global_memory.h"
+#include "ptx/math.h"
+#include "ptx/opaque.h"
+#include "ptx/reduction.h"
+#include "ptx/shared_memory.h"
+#include "tile/mma_sm80.h"
+#include "tile/vec.h"
+
+namespace fa {
+
+// Online softmax of two rows of a lane, as attention/softmax.h, in log2 units. Every row moves its
+// reference on its own, so that a result does not depend on the other rows of its tile.
+template <class T>
+struct RowSoftmax {
+  float row_max[2] = {-INFINITY, -INFINITY};
+  float row_sum[2] = {0.f, 0.f};
+
+  template <int kN, int kD>
+  FA_DEVICE void step(AccumTile<1, kN>& acc_s, AccumTile<1, kD>& acc_o) {
+    float high[2];
+    bool moves = false;
+    FA_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      high[r] = -INFINITY;
+      FA_UNROLL
+      for (int n = 0; n < kN; ++n)
+        high[r] = fmaxf(high[r], fmaxf(acc_s.x[0][n][2 * r], acc_s.x[0][n][2 * r + 1]));
+      moves |= high[r] - row_max[r] > kMaxWeightLog2<T>;  // false for -inf - -inf
+    }
+    if (__any_sync(0xffffffffu, moves)) {
+      FA_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        high[r] = fmaxf(high[r], __shfl_xor_sync(0xffffffffu, high[r], 1));
+        high[r] = fmaxf(high[r], __shfl_xor_sync(0xffffffffu, high[r], 2));
+        if (!(high[r] - row_max[r] > kMaxWeightLog2<T>)) continue;
+        const float factor = ptx::ex2_approx_ftz(row_max[r] - high[r]);
+        row_max[r] = high[r];
+        row_sum[r] *= factor;
+        FA_UNROLL
+        for (int d = 0; d < kD; ++d) {
+          acc_o.x[0][d][2 * r] *= factor;
+          acc_o.x[0][d][2 * r + 1] *= factor;
+        }
+      }
+    }
+    FA_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const float reference = finite_max(row_max[r]);
+      FA_UNROLL
+      for (int n = 0; n < kN; ++n) {
+        FA_UNROLL
+        for (int i = 2 * r; i < 2 * r + 2; ++i) {
+          float& weight = acc_s.x[0][n][i];
+          weight = ptx::ex2_approx_ftz(weight - reference);
+          row_sum[r] += weight;
+        }
+      }
+    }
+  }
+
+  // Adds up the sums of the lanes of a quad; once, behind the last step.
+  FA_DEVICE void finish() {
+    FA_UNROLL
+    for (float& sum : row_sum) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    }
+  }
+};
+
+// Four columns of a row, merged from results over disjoint sets of keys. Maxima in log2 units.
+struct MergedRow {
+  float4 acc = {0.f, 0.f, 0.f, 0.f};
+  float sum = 0.f, max = -INFINITY;
+
+  // results: that of part 0, a row of decode_result_words(kHeadDim) floats.
+  template <int kHeadDim>
+  FA_DEVICE void add(const float* results, int part_stride, int num_parts, int col) {
+    const float* statistics = results + kHeadDim;
+    const float old_max = max;
+#pragma unroll 4
+    for (int part = 0; part < num_parts; ++part) max = fmaxf(max, statistics[part * part_stride]);
+    const float reference = finite_max(max);
+    const float rescale = ptx::ex2_approx_ftz(old_max - reference);
+    sum *= rescale;
+    acc = {acc.x * rescale, acc.y * rescale, acc.z * rescale, acc.w * rescale};
+#pragma unroll 4
+    for (int part = 0; part < num_parts; ++part) {
+      const float2 x = *reinterpret_cast<const float2*>(statistics + part * part_stride);
+      const float4 o = *reinterpret_cast<const float4*>(results + part * part_stride + col);
+      const float weight = ptx::ex2_approx_ftz(x.x - reference);
+      sum += weight * x.y;
+      acc.x += weight * o.x;
+      acc.y += weight * o.y;
+      acc.z += weight * o.z;
+      acc.w += weight * o.w;
+    }
+  }
+};
+
+template <class T, int kHeadDim, int kTileM>
+struct DecodeCta {
+  static constexpr int kWarps = kDecodeThreads / kWarpSize;
+  static constexpr int kKeyParts = kTileM == kDecodeFewRows ? kWarps : 1;
+  static constexpr int kWarpKeys = kDecodeTileN / kKeyParts;
+  static constexpr int kN = kWarpKeys / 8, kD = kHeadDim / 8, kSteps = kHeadDim / 16;
+  static constexpr int kUnits = decode_num_units(kHeadDim);
+  static constexpr bool kRunsAhead = decode_runs_ahead(kHeadDim);
+  static constexpr int kRingBytes = decode_ring_bytes(kHeadDim);
+  static constexpr int kSmemBytes = decode_smem_bytes(kHeadDim, kTileM);
+  static constexpr int kResultsBegin = kRunsAhead ? kRingBytes : 0;  // bytes
+  static constexpr int kResultWords = decode_result_words(kHeadDim);
+  static constexpr int kColumnGroups = kHeadDim / 4;  // of 4 columns, in a row of results
+  static constexpr bool kQInRegs = kRunsAhead;
+  using Unit = SmemTile<kDecodeTileN, kHeadDim>;
+  using TileQ = SmemTile<kTileM, kHeadDim>;
+  // A lane copies kChunks chunks of kRows keys of its warp's 16.
+  static constexpr int kCopyKeys = kDecodeTileN / kWarps;
+  static constexpr int kLanes = Unit::kRowBytes % 128 == 0 ? 8 : 4;
+  static constexpr int kRowsPerPass = kWarpSize / kLanes;
+  static constexpr int kRows = kCopyKeys / kRowsPerPass;
+  static constexpr int kChunks = Unit::kChunksPerRow / kLanes;
+
+  const DecodeParams& p;
+  const DecodeLaunch& launch;
+  DecodeShared& shared;
+  char* smem_begin;
+  uint32_t smem;
+  int warp, lane;
+
+  AFragments<1, kQInRegs ? kSteps : 1> q;
+  int index = 0;  // of the item that is computed
+  int slot = 0;   // of the unit that is computed next
+
+  // The copies.
+  int load_index = -1;  // of the item that is copied: index or the one behind
+  int load_block = 0, load_end = 0;
+  bool load_values = false;  // of the block, else its keys
+  int load_slot = 0;
+  int num_ahead = 0;         // units that are copied and not yet computed
+  const T *load_k, *load_v;  // of load_index's KV head: this lane's first chunk of token 0
+  int load_seqlen;
+  int page = 0, page_row;  // lanes below 16: where key `lane` of this warp's 16 is
+
+  FA_DEVICE const DecodeItem& item() const { return shared.items[index % 3]; }
+  FA_DEVICE int group() const { return launch.by_group.divisor(); }
+  FA_DEVICE int first_row() const { return item().entry.m_block * kTileM; }
+  // Where this warp's keys begin in a unit.
+  FA_DEVICE int key_row() const { return kKeyParts == 1 ? 0 : warp * kWarpKeys; }
+  FA_DEVICE float* results() const { return reinterpret_cast<float*>(smem_begin + kResultsBegin); }
+  // Behind the ring: a place of its own, or that of the results until they are there.
+  FA_DEVICE TileQ smem_q() const { return {smem + kRingBytes}; }
+  // Row of the tile of row r of this lane.
+  FA_DEVICE int tile_row(int r) const {
+    return (kKeyParts == 1 ? 16 * warp : 0) + r * 8 + lane / 4;
+  }
+
+  // Where the keys of load_block are; without pages, all are in one.
+  FA_DEVICE void find_page() {
+    const DecodeItem& from = shared.items[load_index % 3];
+    const int key = load_block * kDecodeTileN + warp * kCopyKeys + lane % kCopyKeys;
+    page_row = from.entry.k_seq.leftpad + min(key, from.entry.k_seq.seqlen - 1);
+    page = from.cache;
+    if (p.page_table == nullptr) return;
+    const auto [at, row] = divide(page_row, launch.by_page);
+    page = clamp(p.page_table[from.cache * p.page_table_batch_stride + at], 0, p.num_caches - 1);
+    page_row = row;
+  }
+
+  // Starts copying the next unit into the ring, if an item up to last_index has one. One group.
+  FA_DEVICE void load_next(int last_index) {
+    while (load_block == load_end && load_index < last_index) {
+      const DecodeItem& next = shared.items[(load_index + 1) % 3];
+      if (next.end < 0) break;
+      ++load_index;
+      load_block = next.begin;
+      load_end = next.end;
+      load_seqlen = next.entry.k_seq.seqlen;
+      load_k = static_cast<const T*>(p.k) + next.head_kv * p.k_strides.head + lane % kLanes * 8;
+      load_v = static_cast<const T*>(p.v) + next.head_kv * p.v_strides.head + lane % kLanes * 8;
+      if (load_block < load_end) find_page();
+    }
+    if (load_block < load_end) {
+      copy_unit();
+      load_slot = load_slot + 1 == kUnits ? 0 : load_slot + 1;
+      ++num_ahead;
+      load_values = !load_values;
+      if (!load_values && ++load_block < load_end) find_page();
+    }
+    ptx::cp_async_commit_group();
+  }
+
+  FA_DEVICE void copy_unit() const {
+    const Unit unit{smem + load_slot * Unit::kBytes};
+    // The addresses shall not be kept in registers through the loop.
+    const int thread = ptx::opaque(lane);
+    const int row = thread / kLanes, chunk = thread % kLanes;
+    const int keys_left = load_seqlen - (load_block * kDecodeTileN + warp * kCopyKeys + row);
+    const Strides& strides = load_values ? p.v_strides : p.k_strides;
+    const int num_chunks = (load_values ? p.head_dim_v : p.head_dim) / 8 - chunk;
+    const T* head = load_values ? load_v : load_k;
+    const int64_t page_stride = strides.batch, row_stride = strides.token;
+    FA_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const int key_page = __shfl_sync(0xffffffffu, page, row + i * kRowsPerPass);
+      const int key_row = __shfl_sync(0xffffffffu, page_row, row + i * kRowsPerPass);
+      const T* key = head + key_page * page_stride + key_row * row_stride;
+      const uint32_t to = unit.chunk_address(warp * kCopyKeys + row + i * kRowsPerPass, chunk);
+      FA_UNROLL
+      for (int c = 0; c < kChunks; ++c) {
+        const bool exists = i * kRowsPerPass < keys_left && c * kLanes < num_chunks;
+        ptx::cp_async_cg_16(to + c * kLanes * kSwizzleChunkBytes, key + c * kLanes * 8,
+                            exists ? 16 : 0);
+      }
+    }
+  }
+
+  // The oldest unit is complete, and the one before it is read by all that read it.
+  FA_DEVICE void wait_unit() const {
+    ptx::cp_async_wait_group<kUnits - 2>();
+    if constexpr (kKeyParts == 1) {
+      __syncthreads();
+    } else {
+      __syncwarp();
+    }
+  }
+  // Starts copying Q.
+  FA_DEVICE void copy_q() const {
+    const DecodeEntry& entry = item().entry;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kTileM * TileQ::kChunksPerRow; i += kDecodeThreads) {
+      const int row = i / TileQ::kChunksPerRow, chunk = i % TileQ::kChunksPerRow;
+      const auto [token, head] = divide(first_row() + row, launch.by_group);
+      const bool exists = token < entry.q_seq.seqlen && chunk * 8 < p.head_dim;
+      const int64_t offset =
+          element_offset(p.q_strides.batch, p.q_strides.token, p.q_strides.head, entry.batch,
+                         entry.q_seq.first_row + token, item().head_kv * group() + head) +
+          chunk * 8;
+      ptx::cp_async_cg_16(smem_q().chunk_address(row, chunk),
+                          static_cast<const T*>(p.q) + (exists ? offset : 0), exists ? 16 : 0);
+    }
+    ptx::cp_async_commit_group();
+  }
+  FA_DEVICE void load_q_operand(int k, uint32_t (&a)[4]) const {
+    const auto by_rows = BlockAddress<TileQ::kRowBytes>::by_rows(lane);
+    ptx::ldmatrix_x4(a, smem_q().base + by_rows.offset(kKeyParts == 1 ? 16 * warp : 0, k));
+  }
+  FA_DEVICE void q_operand(int k, uint32_t (&a)[4]) const {
+    if constexpr (kQInRegs) {
+      FA_UNROLL
+      for (int i = 0; i < 4; ++i) a[i] = q.x[0][k][i];
+    } else {
+      load_q_operand(k, a);
+    }
+  }
+
+  // Raw scores become masked ones in log2 units.
+  FA_DEVICE void modify_scores(AccumTile<1, kN>& acc_s, int block) const {
+    const int first_col = block * kDecodeTileN + (kKeyParts == 1 ? 0 : warp * kWarpKeys);
+    FA_UNROLL
+    for (auto& column : acc_s.x[0]) {
+      FA_UNROLL
+      for (float& x : column) x *= launch.scale;
+    }
+    if (launch.softcap_scale != 0.f) {
+      FA_UNROLL
+      for (auto& column : acc_s.x[0]) {
+        FA_UNROLL
+        for (float& x : column) x = launch.softcap_scale * ptx::tanh_approx(x);
+      }
+    }
+    const DecodeEntry& entry = item().entry;
+    if (p.score.alibi_slopes != nullptr) {
+      FA_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const auto [token, in_group] = divide(first_row() + tile_row(r), launch.by_group);
+        const int head = item().head_kv * group() + in_group;
+        const float slope =
+            p.score.alibi_slopes[entry.batch * p.score.alibi_batch_stride + head] * kLog2e;
+        const int first_distance =
+            first_col + lane % 4 * 2 - (token + entry.mask.seqlen_k - entry.mask.seqlen_q);
+        FA_UNROLL
+        for (int n = 0; n < kN; ++n) {
+          FA_UNROLL
+          for (int i = 0; i < 2; ++i)
+            acc_s.x[0][n][2 * r + i] -=
+                slope * fabsf(static_cast<float>(first_distance + n * 8 + i));
+        }
+      }
+    }
+    const BlockRange& blocks = entry.blocks;
+    if (block >= blocks.full_end || block < blocks.full_begin) {
+      FA_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const Range keys = key_range(entry.mask, launch.by_group.divide(first_row() + tile_row(r)));
+        keep_columns(acc_s, r, keys.begin - first_col, keys.size(), lane);
+      }
+    }
+  }
+
+  // Reads Q, whose group is the second of a CTA, or the last.
+  FA_DEVICE void read_q(bool is_second) {
+    if (is_second) {
+      ptx::cp_async_wait_group<kUnits - 2>();
+    } else {
+      ptx::cp_async_wait_group<0>();
+    }
+    __syncthreads();  // Q is complete
+    if constexpr (kQInRegs) {
+      FA_UNROLL
+      for (int k = 0; k < kSteps; ++k) load_q_operand(k, q.x[0][k]);
+    }
+  }
+
+  // S = Q K^T, and the softmax weights of it.
+  FA_DEVICE void multiply_qk(AccumTile<1, kN>& acc_s, AccumTile<1, kD>& acc_o,
+                             RowSoftmax<T>& softmax, int block) const {
+    const auto by_columns = BlockAddress<Unit::kRowBytes>::by_columns(lane);
+    const uint32_t k_base = smem + slot * Unit::kBytes + key_row() * Unit::kRowBytes;
+    acc_s.clear();
+    warp_gemm<T, kSteps>(
+        acc_s, [&](int, int k, uint32_t (&a)[4]) { q_operand(k, a); },
+        [&](int n, int k, uint32_t (&b)[4]) {
+          ptx::ldmatrix_x4(b, k_base + by_columns.offset(16 * n, k));
+        });
+    modify_scores(acc_s, block);
+    softmax.step(acc_s, acc_o);
+  }
+
+  // O += P V.
+  FA_DEVICE void multiply_pv(AccumTile<1, kD>& acc_o, const AccumTile<1, kN>& acc_p) const {
+    const auto by_rows = BlockAddress<Unit::kRowBytes>::by_rows(lane);
+    const uint32_t v_base = smem + slot * Unit::kBytes + key_row() * Unit::kRowBytes;
+    const AFragments<1, kN / 2> weights = as_a_operand<T>(acc_p);
+    warp_gemm<T, kN / 2>(
+        acc_o,
+        [&](int, int k, uint32_t (&a)[4]) {
+          FA_UNROLL
+          for (int i = 0; i < 4; ++i) a[i] = weights.x[0][k][i];
+        },
+        [&](int n, int k, uint32_t (&b)[4]) {
+          ptx::ldmatrix_x4_trans(b, v_base + by_rows.offset(16 * k, n));
+        });
+  }
+
+  // O and the statistics of this warp's rows over its keys of the item.
+  // find_next() finds the next item, by one thread, while the first copies are under way.
+  template <class FindNext>
+  FA_DEVICE void run(AccumTile<1, kD>& acc_o, RowSoftmax<T>& softmax, FindNext find_next) {
+    // A warp without a row only copies.
+    const bool has_rows =
+        kKeyParts > 1 || first_row() + 16 * warp < item().entry.q_seq.seqlen * group();
+    const int begin = item().begin, num_units = 2 * (item().end - begin);
+    AccumTile<1, kN> acc_s;
+    acc_o.clear();
+    softmax = {};
+    if (num_units == 0) return find_next();
+    // One body for all, so that there are few instructions; below unit 0 the ring fills. A unit is
+    // complete if at most kUnits - 2 groups are younger: every turn has made one, so there are that
+    // many, empty ones included.
+    const int first = num_ahead - (kUnits - 1);
+    const int q_at = min(first + 1, 0);  // behind the first unit
+#pragma unroll 1
+    for (int unit = first; unit < num_units; ++unit) {
+      if (unit == q_at) copy_q();
+      if (unit == 0) {
+        find_next();
+        read_q(index == 0);
+      }
+      if (unit >= 0) wait_unit();
+      load_next(unit >= 0 ? index + kRunsAhead : index);
+      if (unit < 0) continue;
+      if (has_rows) {
+        if (unit % 2 == 0) {
+          multiply_qk(acc_s, acc_o, softmax, begin + unit / 2);
+        } else {
+          multiply_pv(acc_o, acc_s);
+        }
+      }
+      slot = slot + 1 == kUnits ? 0 : slot + 1;
+      --num_ahead;
+    }
+    softmax.finish();
+  }
+
+  // Columns [col, col + 4) of a row of the tile go to out, and with column 0 its lse.
+  FA_DEVICE void store_row(int row, int col, const MergedRow& merged) const {
+    const DecodeEntry& entry = item().entry;
+    const auto [token, in_group] = divide(first_row() + row, launch.by_group);
+    const int head = item().head_kv * group() + in_group;
+    const bool exists = token < entry.q_seq.seqlen && merged.sum != 0.f;
+    const float scale = ptx::rcp_approx_ftz(merged.sum);
+    uint2 values = {0u, 0u};
+    if (exists) {
+      values.x = pack<T>(merged.acc.x * scale, merged.acc.y * scale);
+      values.y = pack<T>(merged.acc.z * scale, merged.acc.w * scale);
+    }
+    if (col < p.head_dim_v)
+      ptx::st_global_v2(
+          static_cast<T*>(p.out) +
+              element_offset(p.out_strides.batch, p.out_strides.token, p.out_strides.head,
+                             entry.batch, entry.q_seq.first_row + token, head) +
+              col,
+          values);
+    if (col == 0) {
+      const int64_t at =
+          p.seqlens_q.cu_seqlens != nullptr
+              ? static_cast<int64_t>(head) * p.total_q + entry.q_seq.first_row
+              : (static_cast<int64_t>(entry.batch) * p.num_heads_q + head) * p.seqlens_q.max_seqlen;
+      p.lse[at + token] =
+          exists ? (merged.max + ptx::lg2_approx_ftz(merged.sum)) * kLn2 : -INFINITY;
+    }
+  }
+
+  // Calls visit(row, col) for the first columns of the groups of rows [begin, end) of results.
+  template <class Visit>
+  static FA_DEVICE void for_each_group(int begin, int end, Visit visit) {
+#pragma unroll 1
+    for (int i = begin * kColumnGroups + threadIdx.x; i < end * kColumnGroups; i += kDecodeThreads)
+      visit(i / kColumnGroups, i % kColumnGroups * 4);
+  }
+
+  // The result of a part of the tile that CTA `cta` has: the begin of the tile, or another.
+  FA_DEVICE float* partial(int cta) const {
+    const int64_t at = 2 * cta + (cta == item().first_cta);
+    return p.partial + at * (kTileM * kResultWords);
+  }
+
+  // Merges the results of the warps; they go to out, or wait for those of the other CTAs.
+  FA_DEVICE void store(const AccumTile<1, kD>& acc_o, const RowSoftmax<T>& softmax) {
+    // Q, or the ring, is read by all: their place becomes that of the results.
+    __syncthreads();
+    const DecodeEntry& entry = item().entry;
+    // Rows of the tile that exist; rows that belong to no sequence are all in one, without a key.
+    const int stored = entry.q_seq.stored * group() - first_row();
+    const int rows = entry.batch < p.batch_size ? min(kTileM, stored) : stored;
+    FA_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      if (kKeyParts > 1 && 8 * r >= rows) break;
+      float* row = results() + (16 * warp + r * 8 + lane / 4) * kResultWords;
+      FA_UNROLL
+      for (int d = 0; d < kD; ++d) {
+        *reinterpret_cast<float2*>(row + 8 * d + lane % 4 * 2) = {acc_o.x[0][d][2 * r],
+                                                                  acc_o.x[0][d][2 * r + 1]};
+      }
+      if (lane % 4 == 0)
+        *reinterpret_cast<float2*>(row + kHeadDim) = {softmax.row_max[r], softmax.row_sum[r]};
+    }
+    __syncthreads();  // the results of all warps are there
+    const bool whole = item().first_cta == item().last_cta;
+    for_each_group(0, rows, [&](int row, int col) {
+      MergedRow merged;
+      merged.template add<kHeadDim>(results() + row % kTileM * kResultWords, kTileM * kResultWords,
+                                    kKeyParts, col);
+      if (whole) return store_row(row, col, merged);
+      float* to = partial(blockIdx.x) + row * kResultWords;
+      *reinterpret_cast<float4*>(to + col) = merged.acc;
+      if (col == 0) *reinterpret_cast<float2*>(to + kHeadDim) = {merged.max, merged.sum};
+    });
+    if (!whole) merge_parts(rows);
+  }
+
+  FA_DEVICE int* counters() const {
+    return launch.counter_row != kNoTileCounter
+               ? decode_counters[launch.counter_row]
+               : reinterpret_cast<int*>(p.partial) +
+                     decode_partial_words(gridDim.x, kTileM, kHeadDim);
+  }
+
+  // The last CTA of those that share the tile merges their results.
+  FA_DEVICE void merge_parts(int rows) {
+    const int first = item().first_cta, num_parts = item().last_cta - first + 1;
+    __syncthreads();  // the partial result of this CTA is written
+    if (threadIdx.x == 0) {
+      // It is visible to who counts after this, and what the others wrote before they counted is
+      // visible to this CTA.
+      shared.is_last = ptx::atom_add_acq_rel_gpu_s32(counters() + first, 1) == num_parts - 1;
+      if (shared.is_last) counters()[first] = 0;
+    }
+    __syncthreads();  // is_last is set
+    if (!shared.is_last) return;
+    // Through shared memory, so that everything is under way at once: all of it if the ring is
+    // free. As many rows of all parts as have room; or one row of some parts after the others.
+    const bool ring_is_free = !kRunsAhead || shared.items[(index + 1) % 3].end < 0;
+    char* buffer = smem_begin + (ring_is_free ? 0 : kResultsBegin);
+    const int capacity =
+        ring_is_free ? kRunsAhead ? kSmemBytes : kRingBytes : kSmemBytes - kResultsBegin;
+    const int rows_fit = capacity / (kResultWords * 4);
+    const int parts_at_once = min(num_parts, rows_fit);
+    const int rows_at_once = rows_fit / parts_at_once;
+    MergedRow merged;
+#pragma unroll 1
+    for (int begin = 0; begin < rows; begin += rows_at_once) {
+      const int count = min(rows_at_once, rows - begin);
+#pragma unroll 1
+      for (int part = 0; part < num_parts; part += parts_at_once) {
+        const int parts = min(parts_at_once, num_parts - part);
+        copy_parts(buffer, part, parts, begin, count);
+        for_each_group(begin, begin + count, [&](int row, int col) {
+          if (part == 0) merged = {};
+          merged.template add<kHeadDim>(
+              reinterpret_cast<const float*>(buffer) + (row - begin) * kResultWords,
+              count * kResultWords, parts, col);
+          if (part + parts == num_parts) store_row(row, col, merged);
+        });
+        __syncthreads();  // the buffer is read
+      }
+    }
+  }
+
+  // Copies rows [begin, begin + count) of parts [part, part + num_parts) into the buffer.
+  FA_DEVICE void copy_parts(char* buffer, int part, int num_parts, int begin, int count) const {
+    const int chunks = count * (kResultWords / 4);  // of 16 bytes, of a part
+    const uint32_t to = ptx::cvta_to_shared(buffer);
+#pragma unroll 1
+    for (int i = warp; i < num_parts; i += kWarps) {
+      const float* from = partial(item().first_cta + part + i) + begin * kResultWords;
+#pragma unroll 4
+      for (int chunk = lane; chunk < chunks; chunk += kWarpSize)
+        ptx::cp_async_cg_16(to + (i * chunks + chunk) * 16, from + chunk * 4, 16);
+    }
+    ptx::cp_async_commit_group();
+    ptx::cp_async_wait_group<0>();
+    __syncthreads();  // the rows of all parts are there
+  }
+};
+
+template <class T, int kHeadDim, int kTileM>
+__global__ void __launch_bounds__(kDecodeThreads, 2)
+    decode_kernel(const __grid_constant__ DecodeParams p,
+                  const __grid_constant__ DecodeLaunch launch) {
+  using Cta = DecodeCta<T, kHeadDim, kTileM>;
+  extern __shared__ __align__(128) char smem[];
+  __shared__ DecodeShared shared;
+  if (!find_share<kTileM>(p, launch, shared)) return;
+
+  Cta cta{p, launch, shared, smem, ptx::cvta_to_shared(smem)};
+  cta.warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
+  cta.lane = threadIdx.x % kWarpSize;
+  AccumTile<1, Cta::kD> acc_o;
+  RowSoftmax<T> softmax;
+#pragma unroll 1
+  for (;; ++cta.index) {
+    // The next item has to be there before the ring runs ahead into it; its place is that of the
+    // item before the last, which everybody is done with.
+    cta.run(acc_o, softmax, [&] {
+      if (threadIdx.x == kDecodeThreads - 1)
+        next_item<kTileM>(p, launch, shared.cursor, shared.items[(cta.index + 1) % 3]);
+    });
+    cta.store(acc_o, softmax);
+    __syncthreads();  // the results are read
+    if (shared.items[(cta.index + 1) % 3].end < 0) return;
+  }
+}
+
+template <class T, int kHeadDim, int kTileM>
+int launch_decode_kernel(const DecodeParams& p, const DecodeLaunch& launch, cudaStream_t stream) {
+  using Cta = DecodeCta<T, kHeadDim, kTileM>;
+  constexpr auto kKernel = decode_kernel<T, kHeadDim, kTileM>;
+  const cudaError_t error = allow_dynamic_smem<kKernel>(Cta::kSmemBytes);
+  if (error != cudaSuccess || p.num_ctas == 0) return error;
+  kKernel<<<p.num_ctas, kDecodeThreads, Cta::kSmemBytes, stream>>>(p, launch);
+  return cudaGetLastError();
+}
+
+template <class T, int kHeadDim>
+int launch_decode(const DecodeParams& p, cudaStream_t stream) {
+  const int group = p.num_heads_q / p.num_heads_kv;
+  const bool capped = p.score.softcap != 0.f;
+  DecodeLaunch launch;
+  launch.by_group = FastDiv(group);
+  launch.by_m_blocks = FastDiv(max(1, packed_m_blocks(p.seqlens_q.max_seqlen, group, p.tile_m)));
+  launch.by_page = FastDiv(max(1, p.page_size));
+  launch.scale = capped ? p.score.softmax_scale / p.score.softcap : p.score.softmax_scale * kLog2e;
+  launch.softcap_scale = p.score.softcap * kLog2e;
+  launch.counter_row = kNoTileCounter;
+  if (p.num_splits != 1) {
+    cudaError_t error = tile_counter(stream, launch.counter_row);
+    if (launch.counter_row >= kNumDecodeCounters) launch.counter_row = kNoTileCounter;
+    if (error == cudaSuccess && launch.counter_row == kNoTileCounter)
+      error = cudaMemsetAsync(p.partial + decode_partial_words(p.num_ctas, p.tile_m, kHeadDim), 0,
+                              p.num_ctas * sizeof(int), stream);
+    if (error != cudaSuccess) return error;
+  }
+  return p.tile_m == kDecodeFewRows
+             ? launch_decode_kernel<T, kHeadDim, kDecodeFewRows>(p, launch, stream)
+             : launch_decode_kernel<T, kHeadDim, kDecodeManyRows>(p, launch, stream);
+}
+
+}  // namespace fa

@@ -1,0 +1,192 @@
+// What a CTA of the decode kernel has to do: its share of all key blocks, and the tiles in it,
+// found on the device from the lengths of all sequences (core/decode_schedule.h).
+#pragma once
+#include <cuda_runtime.h>
+
+#include "core/decode_schedule.h"
+#include "core/fast_div.h"
+#include "core/mask.h"
+#include "core/params.h"
+#include "core/seqlen.h"
+#include "core/tile_config.h"
+#include "kernels/tile_counter.h"
+
+namespace fa {
+
+// What the launcher adds to the parameters.
+struct DecodeLaunch {
+  FastDiv by_group, by_m_blocks, by_page;
+  float scale, softcap_scale;  // scores become scale x, or softcap_scale tanh(scale x): log2 units
+  int counter_row;             // of decode_counters; kNoTileCounter: counters are in the workspace
+};
+
+// Counts the finished parts of a tile, for the CTA that has its first: zero before and after every
+// launch. A row for each launch that may run at the same time.
+constexpr int kNumDecodeCounters = 1 << 13;
+static __device__ int decode_counters[kNumDecodeCounters][kDecodeMaxCtas];
+
+// The queries of one (batch, m_block) and the keys that they need.
+struct DecodeEntry {
+  int batch, m_block;
+  SeqlenInfo q_seq, k_seq;
+  MaskSpec mask;
+  BlockRange blocks;
+};
+
+// A share of one tile: blocks [begin, end) of its keys.
+struct DecodeItem {
+  DecodeEntry entry;
+  int head_kv;
+  int begin, end;
+  int first_cta, last_cta;  // that share the tile
+  int cache;                // row of the cache, or of the page table
+};
+
+// Where a CTA stands in the row of all blocks.
+struct DecodeCursor {
+  int entry, offset;  // (batch, m_block), and a position in its tiles or in those behind it
+  int position, end;  // in all of them
+  WorkSplit split;
+};
+
+// Keys of a sequence after the append; leftpad cut off.
+FA_DEVICE SeqlenInfo cache_seqlen_info(const DecodeParams& p, int batch) {
+  const SeqlenArgs& args = p.seqlens_k;
+  int used = args.max_seqlen;
+  if (args.seqused != nullptr) {
+    used = args.seqused[batch] + (p.cu_seqlens_new != nullptr
+                                      ? p.cu_seqlens_new[batch + 1] - p.cu_seqlens_new[batch]
+                                      : p.seqlen_new);
+  } else if (args.cu_seqlens != nullptr) {
+    used = args.cu_seqlens[batch + 1] - args.cu_seqlens[batch];
+  }
+  used = clamp(used, 0, args.max_seqlen);
+  const int leftpad = args.leftpad == nullptr ? 0 : clamp(args.leftpad[batch], 0, used);
+  return {used - leftpad, used - leftpad, leftpad, leftpad};
+}
+
+// Entry `at` of the launch: m_blocks run fastest; behind the last sequence one entry for the rows
+// that belong to none. Returns false if there is no such m_block.
+template <int kTileM>
+FA_DEVICE bool decode_entry(const DecodeParams& p, const DecodeLaunch& launch, int at,
+                            DecodeEntry& entry) {
+  const auto [batch, m_block] = divide(at, launch.by_m_blocks);
+  entry.batch = batch;
+  entry.m_block = m_block;
+  entry.q_seq = seqlen_info_or_rest(p.seqlens_q, batch, p.batch_size, p.total_q);
+  entry.blocks = {0, 0, 0, 0};
+  if (batch >= p.batch_size) return m_block == 0 && entry.q_seq.stored > 0;
+  const int group = launch.by_group.divisor();
+  if (m_block >= packed_m_blocks(entry.q_seq.stored, group, kTileM)) return false;
+  entry.k_seq = cache_seqlen_info(p, batch);
+  entry.mask =
+      mask_spec(entry.q_seq.seqlen, entry.k_seq.seqlen, p.score.window_left, p.score.window_right);
+  const int first = launch.by_group.divide(m_block * kTileM);
+  const int last = launch.by_group.divide(m_block * kTileM + kTileM - 1);
+  if (first < entry.q_seq.seqlen)
+    entry.blocks = key_blocks(entry.mask, {first, min(last + 1, entry.q_seq.seqlen)}, kDecodeTileN);
+  return true;
+}
+
+// Positions of one tile: its blocks; at least one, so that every tile is visited.
+FA_DEVICE int tile_positions(const DecodeParams& p, const DecodeEntry& entry) {
+  return p.num_splits == 1 ? 1 : max(1, entry.blocks.size());
+}
+
+// Shared memory beside the ring.
+struct DecodeShared {
+  DecodeItem items[3];  // item i at i % 3: the one before, this one and the next; end < 0: none
+  DecodeCursor cursor;
+  int warp_total[kDecodeThreads / kWarpSize], warp_longest[kDecodeThreads / kWarpSize];
+  bool is_last;
+};
+
+// The next item of this CTA, and the cursor behind it. One thread.
+template <int kTileM>
+FA_DEVICE void next_item(const DecodeParams& p, const DecodeLaunch& launch, DecodeCursor& cursor,
+                         DecodeItem& item) {
+  item.end = -1;
+  if (cursor.position == cursor.end) return;
+  DecodeEntry& entry = item.entry;
+  int at = cursor.entry, offset = cursor.offset, positions;
+#pragma unroll 1
+  for (;; ++at) {
+    if (!decode_entry<kTileM>(p, launch, at, entry)) continue;
+    positions = tile_positions(p, entry);
+    if (offset < positions * p.num_heads_kv) break;
+    offset -= positions * p.num_heads_kv;
+  }
+  item.head_kv = offset / positions;
+  const int first = offset - item.head_kv * positions;
+  const int count = min(positions - first, cursor.end - cursor.position);
+  item.begin = entry.blocks.begin + first;
+  item.end = p.num_splits == 1 ? entry.blocks.end : min(entry.blocks.end, item.begin + count);
+  const int tile_begin = cursor.position - first;
+  item.first_cta = cursor.split.part_of(tile_begin);
+  item.last_cta = cursor.split.part_of(tile_begin + positions - 1);
+  cursor.entry = at;
+  cursor.offset = offset + count;
+  cursor.position += count;
+  if (entry.batch >= p.batch_size) return;
+  const bool paged = p.page_table != nullptr;
+  const int row = p.cache_batch_idx == nullptr ? entry.batch : p.cache_batch_idx[entry.batch];
+  item.cache = clamp(row, 0, (paged ? p.page_table_rows : p.num_caches) - 1);
+}
+
+// The share of this CTA: counts the positions of all entries, 128 threads side by side; the thread
+// whose entries have the begin of the share finds the first item. false: this CTA has none.
+template <int kTileM>
+FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch, DecodeShared& shared) {
+  const int m_blocks = launch.by_m_blocks.divisor();
+  const int num_entries = (p.batch_size + (p.seqlens_q.cu_seqlens != nullptr)) * m_blocks;
+  const int per_thread = ceil_div(num_entries, kDecodeThreads);
+  const int first = threadIdx.x * per_thread, end = min(num_entries, first + per_thread);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  int sum = 0, longest = 0;
+#pragma unroll 1
+  for (int at = first; at < end; ++at) {
+    DecodeEntry entry;
+    if (decode_entry<kTileM>(p, launch, at, entry)) {
+      const int positions = tile_positions(p, entry);
+      sum += positions * p.num_heads_kv;
+      longest = max(longest, positions);
+    } else {
+      at += m_blocks - 1 - entry.m_block;  // nor has the sequence a later m_block
+    }
+  }
+  int before = sum;
+  FA_UNROLL
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, before, step);
+    if (lane >= step) before += other;
+  }
+  longest = __reduce_max_sync(0xffffffffu, longest);
+  if (lane == kWarpSize - 1) {
+    shared.warp_total[warp] = before;
+    shared.warp_longest[warp] = longest;
+  }
+  before -= sum;
+  __syncthreads();  // the totals of all warps are there
+  int total = 0;
+  FA_UNROLL
+  for (int w = 0; w < kDecodeThreads / kWarpSize; ++w) {
+    if (w < warp) before += shared.warp_total[w];
+    total += shared.warp_total[w];
+    longest = max(longest, shared.warp_longest[w]);
+  }
+  if (total == 0) return false;
+  // Uncut, a position is a whole tile.
+  const int num_ctas = gridDim.x;
+  const WorkSplit split = p.num_splits == 1 ? WorkSplit{total, ceil_div(total, num_ctas)}
+                                            : split_work(total, num_ctas, p.num_splits, longest);
+  const int begin = blockIdx.x * split.per_part;
+  if (begin >= total) return false;
+  if (before <= begin && begin < before + sum) {
+    shared.cursor = {first, begin - before, begin, min(total, begin + split.per_part), split};
+    next_item<kTileM>(p, launch, shared.cursor, shared.items[0]);
+  }
+  __syncthreads();  // the first item is there
+  return true;
+}
+
+}  // namespace fa

@@ -1,0 +1,420 @@
+"""Attention against a cache on a GPU: every set of kernels against fp64.
+
+The rule is that of attention_cases: at most twice the error of plain PyTorch in the same dtype.
+What no sequence uses is NaN in the caches and a page id far outside the pool in the page table, so
+a read of it shows. A problem that no kernel takes is an error here, never a test of the tiled
+backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_close_2x, assert_equals, cu_seqlens, int32
+from kernel_cases import BF16, DEVICE, DTYPES
+from torch import Tensor
+
+import flash_attn_ext as fa
+from flash_attn_ext import UnsupportedError, plans
+from flash_attn_ext.reference import CacheResult, kvcache_attention_reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
+
+NO_PAGE = 2_147_480_000
+
+
+@dataclass(frozen=True)
+class CacheCase:
+    """What is in the cache and how it is found; lengths are those before the append."""
+
+    cache_seqlens: tuple[int, ...] | None = (300, 0, 129)
+    slots: int = 333
+    heads: tuple[int, int] = (8, 2)
+    head_dims: tuple[int, int] = (64, 64)
+    batch_idx: tuple[int, ...] | None = None
+    leftpad: tuple[int, ...] | None = None
+    page_size: int | None = None
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    alibi: int = 0  # dimensions of the slopes
+    scale: float | None = None
+    seqlens_q: tuple[int, ...] = (1, 1, 1)
+    packed_q: bool = False
+    seqlens_new: tuple[int, ...] | None = None
+    packed_new: bool = False
+    rotary: str | None = None  # "interleaved" | "halves"
+    num_splits: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        return 5 if self.batch_idx is not None else len(self.seqlens_q)
+
+
+CASES = {
+    "plain": CacheCase(),
+    "whole_cache": CacheCase(cache_seqlens=None),
+    "long": CacheCase(cache_seqlens=(5000, 70, 1), slots=5000),
+    "mha": CacheCase(heads=(3, 3)),
+    "mqa": CacheCase(heads=(20, 1)),
+    "group_of_96": CacheCase(heads=(96, 1), window=(-1, 0), seqlens_q=(2, 2, 2)),
+    "queries_causal": CacheCase(seqlens_q=(3, 3, 3), window=(-1, 0)),
+    "many_queries_causal": CacheCase(seqlens_q=(70, 70, 70), window=(-1, 0)),
+    "window": CacheCase(window=(40, 0), seqlens_q=(5, 5, 5)),
+    "window_both": CacheCase(window=(100, 7), seqlens_q=(40, 40, 40)),
+    "softcap": CacheCase(softcap=3.0),
+    "alibi": CacheCase(alibi=1, seqlens_q=(4, 4, 4), window=(-1, 0)),
+    "alibi_by_batch_softcap": CacheCase(alibi=2, softcap=5.0, seqlens_q=(33, 33, 33)),
+    "negative_scale": CacheCase(scale=-0.1),
+    "zero_scale": CacheCase(scale=0.0),
+    "batch_idx": CacheCase(batch_idx=(4, 1, 0)),
+    "leftpad": CacheCase(leftpad=(64, 0, 129), window=(-1, 0), seqlens_q=(2, 2, 2)),
+    **{f"pages_of_{n}": CacheCase(page_size=n) for n in (1, 7, 16, 64, 100, 256)},
+    "paged_batch_idx_leftpad": CacheCase(
+        page_size=5, batch_idx=(3, 0, 4), leftpad=(20, 0, 7), window=(-1, 0), seqlens_q=(9, 9, 9)
+    ),
+    "packed_q": CacheCase(seqlens_q=(50, 0, 2), packed_q=True, window=(-1, 0), alibi=1),
+    "packed_q_paged": CacheCase(
+        seqlens_q=(5, 0, 2), packed_q=True, page_size=16, batch_idx=(1, 2, 4), leftpad=(1, 0, 3)
+    ),
+    "append": CacheCase(seqlens_new=(3, 3, 3), seqlens_q=(3, 3, 3), window=(-1, 0)),
+    "append_paged": CacheCase(seqlens_new=(4, 4, 4), page_size=16, batch_idx=(4, 1, 0)),
+    "append_packed": CacheCase(
+        seqlens_q=(5, 0, 2),
+        packed_q=True,
+        seqlens_new=(2, 0, 6),
+        packed_new=True,
+        window=(-1, 0),
+        page_size=3,
+    ),
+    "rotary": CacheCase(seqlens_new=(1, 1, 1), rotary="interleaved"),
+    "rotary_causal": CacheCase(
+        seqlens_new=(3, 3, 3), seqlens_q=(3, 3, 3), rotary="halves", window=(-1, 0)
+    ),
+}
+
+
+def _list(values: tuple[int, ...] | None) -> list[int] | None:
+    return None if values is None else list(values)
+
+
+def _tensor(values: tuple[int, ...] | None) -> Tensor | None:
+    return None if values is None else int32(list(values), DEVICE)
+
+
+def _random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def _sequences(
+    seqlens: tuple[int, ...], packed: bool, heads: int, dim: int, dtype: torch.dtype
+) -> Tensor:
+    shape = (sum(seqlens),) if packed else (len(seqlens), seqlens[0])
+    return _random(*shape, heads, dim, dtype=dtype)
+
+
+def build(case: CacheCase, dtype: torch.dtype) -> dict[str, Any]:
+    """Tensors of a call, on the CPU; all that no sequence uses is NaN."""
+    heads_q, heads_kv = case.heads
+    used = case.cache_seqlens or (case.slots,) * len(case.seqlens_q)
+    rows = case.batch_idx or range(case.num_rows)
+    contents = [torch.full((case.num_rows, case.slots, heads_kv, d), torch.nan, dtype=dtype)
+                for d in case.head_dims]  # fmt: skip
+    leftpad = case.leftpad or (0,) * len(used)
+    for cache in contents:
+        for row, pad, length in zip(rows, leftpad, used, strict=False):
+            cache[row, pad:length] = _random(length - pad, *cache.shape[2:], dtype=dtype)
+    table = None
+    if case.page_size is not None:
+        max_pages = -(-case.slots // case.page_size)
+        pages = case.num_rows * max_pages
+        table = torch.randperm(pages + 3)[:pages].view(case.num_rows, max_pages)
+        for i, cache in enumerate(contents):
+            pool = torch.full((pages + 3, case.page_size, *cache.shape[2:]), torch.nan, dtype=dtype)
+            padded = torch.nn.functional.pad(
+                cache, (0, 0, 0, 0, 0, max_pages * case.page_size - case.slots), value=torch.nan
+            )
+            pool[table] = padded.view(*table.shape, *pool.shape[1:])
+            contents[i] = pool
+    angles = torch.rand(case.slots + 8, case.head_dims[0] // 4) * 6
+    new, d, dv = case.seqlens_new, *case.head_dims
+    slopes = {0: None, 1: torch.rand(heads_q), 2: torch.rand(len(case.seqlens_q), heads_q)}
+    return {
+        "q": _sequences(case.seqlens_q, case.packed_q, heads_q, d, dtype),
+        "k_cache": contents[0],
+        "v_cache": contents[1],
+        "k": None if not new else _sequences(new, case.packed_new, heads_kv, d, dtype),
+        "v": None if not new else _sequences(new, case.packed_new, heads_kv, dv, dtype),
+        "page_table": None if table is None else table.int(),
+        "rotary_cos": angles.cos().to(dtype) if case.rotary else None,
+        "rotary_sin": angles.sin().to(dtype) if case.rotary else None,
+        "alibi_slopes": slopes[case.alibi],
+    }
+
+
+def expected(case: CacheCase, data: dict[str, Any], upcast: bool = True) -> CacheResult:
+    starts = cu_seqlens(list(case.seqlens_q)).tolist() if case.packed_q else None
+    new_starts = cu_seqlens(list(case.seqlens_new or ())).tolist() if case.packed_new else None
+    return kvcache_attention_reference(
+        **data,
+        cache_seqlens=_list(case.cache_seqlens),
+        cache_batch_idx=_list(case.batch_idx),
+        cache_leftpad=_list(case.leftpad),
+        cu_seqlens_q=starts,
+        cu_seqlens_k_new=new_starts,
+        rotary_interleaved=case.rotary == "interleaved",
+        softmax_scale=case.scale,
+        window_size=case.window,
+        softcap=case.softcap,
+        upcast=upcast,
+    )
+
+
+def on_device(case: CacheCase, data: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the call; page ids behind the length are garbage."""
+    moved = {name: None if x is None else x.to(DEVICE) for name, x in data.items()}
+    if case.page_size is not None and case.cache_seqlens is not None:
+        rows = case.batch_idx or range(case.num_rows)
+        new = case.seqlens_new or (0,) * len(case.cache_seqlens)
+        table = torch.full_like(moved["page_table"], NO_PAGE)
+        for row, length, added in zip(rows, case.cache_seqlens, new, strict=True):
+            pages = -(-(length + added) // case.page_size)
+            table[row, :pages] = moved["page_table"][row, :pages]
+        moved["page_table"] = table
+    return moved | {
+        "cache_seqlens": _tensor(case.cache_seqlens),
+        "cache_batch_idx": _tensor(case.batch_idx),
+        "cache_leftpad": _tensor(case.leftpad),
+        "cu_seqlens_q": cu_seqlens(list(case.seqlens_q), DEVICE) if case.packed_q else None,
+        "max_seqlen_q": max(case.seqlens_q) if case.packed_q else None,
+        "cu_seqlens_k_new": cu_seqlens(list(case.seqlens_new or ()), DEVICE)
+        if case.packed_new
+        else None,
+        "rotary_interleaved": case.rotary == "interleaved",
+        "softmax_scale": case.scale,
+        "window_size": case.window,
+        "softcap": case.softcap,
+        "num_splits": case.num_splits,
+        "return_softmax_lse": True,
+    }
+
+
+def check(case: CacheCase, dtype: torch.dtype) -> None:
+    """Result, lse and caches of a call against the reference."""
+    data = build(case, dtype)
+    call = on_device(case, data)
+    out, lse = fa.flash_attn_with_kvcache(**call)
+    exact, plain = expected(case, data), expected(case, data, upcast=False)
+    assert_close_2x(out.cpu(), exact.out, plain.out)
+    assert_close_2x(lse.cpu(), exact.lse, plain.lse, name="lse")
+    for name in ("k_cache", "v_cache"):
+        written, wanted = call[name].cpu(), getattr(plain, name)
+        assert torch.equal(written.isnan(), wanted.isnan())
+        rounding = torch.finfo(dtype).eps * 8 if case.rotary else 0.0
+        assert_equals(written.nan_to_num(), wanted.nan_to_num(), rounding, name)
+
+
+def test_the_plan_is_a_kernel(kernels: str) -> None:
+    q = torch.empty(2, 1, 8, 64, dtype=BF16, device=DEVICE)
+    cache = torch.empty(2, 100, 2, 64, dtype=BF16, device=DEVICE)
+    step = plans.explain(q, cache, cache, form="kvcache").attention
+    assert (step.family, step.backend) == ("decode", plans.KERNEL)
+    assert kernels == "native" or step.kernel == "sm80_decode_hdim64_bf16"
+
+
+def test_what_no_kernel_takes_is_an_error() -> None:
+    """The guard of this file: without it the tiled backend could pass all tests."""
+    q = torch.empty(2, 1, 4, 63, dtype=BF16, device=DEVICE)
+    cache = torch.empty(2, 100, 4, 63, dtype=BF16, device=DEVICE)
+    with pytest.raises(UnsupportedError, match="no kernel takes these inputs"):
+        fa.flash_attn_with_kvcache(q, cache, cache)
+
+
+@DTYPES
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_cases(case: CacheCase, dtype: torch.dtype) -> None:
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 7])
+@pytest.mark.parametrize("name", ["long", "many_queries_causal", "pages_of_16", "packed_q"])
+def test_splits(name: str, num_splits: int) -> None:
+    check(CacheCase(**{**CASES[name].__dict__, "num_splits": num_splits}), BF16)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "head_dims",
+    [*((d, d) for d in (8, 32, 64, 72, 96, 128, 160, 192, 200, 256)), (192, 128), (64, 256)],
+    ids=str,
+)
+def test_head_dims(head_dims: tuple[int, int], dtype: torch.dtype) -> None:
+    for options in ({}, {"seqlens_q": (20, 20, 20), "window": (-1, 0), "page_size": 16}):
+        check(CacheCase(head_dims=head_dims, **options), dtype)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 1000])
+def test_lengths(length: int) -> None:
+    for seqlen_q in (1, 2, 5, 16):
+        if seqlen_q <= length:
+            check(
+                CacheCase(
+                    cache_seqlens=(length, max(0, length - 1)),
+                    slots=length + 3,
+                    seqlens_q=(seqlen_q, seqlen_q),
+                    window=(-1, 0),
+                ),
+                BF16,
+            )
+
+
+def test_many_sequences() -> None:
+    """More sequences than threads of a CTA, of very different lengths."""
+    lengths = tuple(int(n) for n in torch.randint(0, 200, (300,)))
+    check(CacheCase(cache_seqlens=lengths, slots=200, seqlens_q=(1,) * 300, page_size=16), BF16)
+
+
+def test_cache_with_strides() -> None:
+    """Keys and values in one tensor, heads before tokens."""
+    kv = torch.randn(2, 2, 4, 100, 64, dtype=BF16, device=DEVICE)
+    k, v = kv[:, 0].transpose(1, 2), kv[:, 1].transpose(1, 2)
+    q = torch.randn(2, 1, 4, 64, dtype=BF16, device=DEVICE)
+    out = fa.flash_attn_with_kvcache(q, k, v)
+    assert torch.equal(out, fa.flash_attn_with_kvcache(q, k.contiguous(), v.contiguous()))
+
+
+def test_results_repeat() -> None:
+    call = on_device(CASES["long"], build(CASES["long"], BF16))
+    first = fa.flash_attn_with_kvcache(**call)
+    for _ in range(20):
+        again = fa.flash_attn_with_kvcache(**call)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_one_split_does_not_depend_on_the_batch() -> None:
+    """num_splits=1: bitwise the same alone, in a batch, and among other queries."""
+    case = CacheCase(
+        cache_seqlens=(700, 64, 1000), slots=1000, seqlens_q=(9, 9, 9), window=(-1, 0), num_splits=1
+    )
+    call = on_device(case, build(case, BF16))
+    out, lse = fa.flash_attn_with_kvcache(**call)
+    for batch, length in enumerate(case.cache_seqlens or ()):
+        row = slice(batch, batch + 1)
+        caches = {name: call[name][row] for name in ("k_cache", "v_cache")}
+        alone = {**call, **caches, "q": call["q"][row], "cache_seqlens": int32([length], DEVICE)}
+        out_alone, lse_alone = fa.flash_attn_with_kvcache(**alone)
+        assert torch.equal(out_alone, out[row])
+        assert torch.equal(lse_alone, lse[row])
+        for query in range(9):
+            one = {
+                **alone,
+                "q": call["q"][row, query : query + 1],
+                "cache_seqlens": int32([length - 8 + query], DEVICE),
+            }
+            out_one, lse_one = fa.flash_attn_with_kvcache(**one)
+            assert torch.equal(out_one[0, 0], out[batch, query])
+            assert torch.equal(lse_one[0, :, 0], lse[batch, :, query])
+
+
+def generate(num_splits: int, steps: list[int], page_size: int | None) -> Tensor:
+    """Outputs of a sequence that enters the cache in steps, with rotary."""
+    torch.manual_seed(3)
+    total, heads_q, heads_kv, d = sum(steps), 8, 2, 64
+    q = torch.randn(1, total, heads_q, d).to(DEVICE, BF16)
+    k, v = (torch.randn(1, total, heads_kv, d).to(DEVICE, BF16) for _ in range(2))
+    angles = torch.rand(total + 16, d // 2).to(DEVICE) * 6
+    shape = (1, total) if page_size is None else (-(-total // page_size), page_size)
+    caches = [torch.full((*shape, heads_kv, d), torch.nan).to(DEVICE, BF16) for _ in range(2)]
+    table = None
+    if page_size is not None:
+        table = torch.randperm(shape[0], dtype=torch.int32, device=DEVICE)[None]
+    outs, length = [], int32([0], DEVICE)
+    for rows in torch.arange(total, device=DEVICE).split(steps):
+        outs.append(
+            fa.flash_attn_with_kvcache(
+                q[:, rows],
+                *caches,
+                k[:, rows],
+                v[:, rows],
+                rotary_cos=angles.cos().to(BF16),
+                rotary_sin=angles.sin().to(BF16),
+                cache_seqlens=length,
+                page_table=table,
+                causal=True,
+                num_splits=num_splits,
+            )
+        )
+        length += len(rows)
+    return torch.cat(outs, dim=1)
+
+
+@pytest.mark.parametrize("page_size", [None, 16], ids=str)
+def test_generation_equals_prefill(page_size: int | None) -> None:
+    """Token by token, in chunks and at once: the same to rounding, bitwise with one split."""
+    prefill = generate(1, [200], page_size)
+    assert torch.equal(generate(1, [1] * 200, page_size), prefill)
+    assert torch.equal(generate(1, [64, 1, 70, 65], page_size), prefill)
+    last_place = 2**-5  # of bf16 below 8
+    assert_equals(generate(0, [1] * 200, page_size), prefill.double(), last_place)
+
+
+def test_graph_with_changing_lengths() -> None:
+    """One captured call serves every length; its counters are zero again behind each replay."""
+    lengths = torch.tensor([0, 1, 64, 700, 1000], dtype=torch.int32, device=DEVICE)
+    q = torch.randn(5, 1, 8, 64, device=DEVICE, dtype=BF16)
+    k, v = (torch.randn(5, 1000, 2, 64, device=DEVICE, dtype=BF16) for _ in range(2))
+    fa.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [fa.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths) for _ in range(3)]
+    for shift in range(4):
+        lengths.copy_(lengths.roll(shift))
+        q.normal_()
+        graph.replay()
+        direct = fa.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)
+        assert all(torch.equal(out, direct) for out in outs)
+
+
+@pytest.mark.parametrize("lengths", ["seqused_k", "cu_seqlens_k"])
+def test_varlen_with_pages(lengths: str) -> None:
+    case = CacheCase(
+        cache_seqlens=(300, 31, 129),
+        seqlens_q=(50, 7, 1),
+        packed_q=True,
+        page_size=16,
+        window=(-1, 0),
+    )
+    data = build(case, BF16)
+    call = on_device(case, data)
+    kept = {"seqused_k": call["cache_seqlens"]}
+    if lengths == "cu_seqlens_k":
+        kept = {"cu_seqlens_k": cu_seqlens(list(case.cache_seqlens or ()), DEVICE)}
+    arguments: dict[str, Any] = {
+        "cu_seqlens_k": None,
+        "max_seqlen_q": 50,
+        "max_seqlen_k": 300,
+        "block_table": call["page_table"],
+        "causal": True,
+        **kept,
+    }
+    q, k, v = call["q"], call["k_cache"], call["v_cache"]
+    out = fa.flash_attn_varlen_func(q, k, v, call["cu_seqlens_q"], **arguments)
+    exact, plain = expected(case, data), expected(case, data, upcast=False)
+    assert_close_2x(out.cpu(), exact.out, plain.out)
+    into = torch.full_like(out, torch.nan)
+    fa.flash_attn_varlen_func(q, k, v, call["cu_seqlens_q"], **arguments, out=into)
+    assert torch.equal(into, out)
+
+
+def test_rows_behind_the_last_sequence_are_zero() -> None:
+    q = torch.randn(40, 8, 64, device=DEVICE, dtype=BF16)
+    cache = torch.randn(2, 100, 2, 64, device=DEVICE, dtype=BF16)
+    starts = int32([0, 3, 5], DEVICE)
+    out, lse = fa.flash_attn_with_kvcache(
+        q, cache, cache, cu_seqlens_q=starts, max_seqlen_q=3, return_softmax_lse=True
+    )
+    assert (out[5:] == 0).all()
+    assert (lse[:, 5:] == -torch.inf).all()
+    assert out[:5].isfinite().all()
