@@ -199,6 +199,7 @@ struct BwdTileConfig {
   int num_warps;         // that compute; SM90 adds a producer warpgroup and one for dQ
   bool v_in_regs;        // V passes through Q's and dO's buffers and keeps none
   bool dq_through_smem;  // dQ is staged in fp32 for a bulk reduction; else added from registers
+  int num_ctas = 1;      // that share the keys: SM90's pairs
 };
 
 // K and V stay, Q and dO stream: dK and dV are complete in one CTA, dQ is added up in global
@@ -238,10 +239,10 @@ FA_HD constexpr BwdTileConfig bwd_tile_config(Arch arch, int head_dim, MaskKind)
         case 96:  return {64, 128, 3, 3, 2, 8, false, true};
         // 226 KB. 80 rows need 16 registers more than there are.
         case 128: return {64, 128, 3, 3, 2, 8, false, true};
-        // Three warpgroups share dK and dV, 96 registers of 160. 204 KB.
-        case 192: return {64,  96, 2, 1, 1, 12, false, true};
-        // 186 KB; staging dQ would make 250 KB.
-        case 256: return {64,  80, 2, 1, 1, 8, false, false};
+        // Pairs of CTAs of 64 keys. dO comes in parts of 128 columns, two a step. 225 KB each; at
+        // 192 one of its buffers has a part of 64 columns.
+        case 192: return {64, 128, 2, 4, 2, 8, false, false, 2};
+        case 256: return {64, 128, 2, 3, 2, 8, false, false, 2};
       }
       break;
   }
@@ -274,11 +275,19 @@ FA_HD constexpr int bwd_statistics_bytes(Arch arch, BwdTileConfig c) {
   return (arch == Arch::kSm90 ? c.num_q_stages : 2) * 2 * 4 * c.tile_m;
 }
 
-// All of a CTA of SM90's kernel, in whose shared memory rows are whole slabs of 64 elements.
+// All of a CTA of SM90's kernel, in whose shared memory rows are whole slabs of 64 elements. Of a
+// pair: half of the keys, 128 columns of the other half's K, dO in parts of 128 columns, and dS of
+// both.
 FA_HD constexpr int sm90_bwd_smem_bytes(BwdTileConfig c, int head_dim) {
+  const int others = bwd_statistics_bytes(Arch::kSm90, c) + kBwdBarrierBytes;
+  if (c.num_ctas == 2) {
+    const int keys = c.tile_n / 2;
+    const int kept = 2 * keys * head_dim + keys * 128;
+    const int streamed = c.tile_m * (c.num_q_stages * head_dim + c.num_dout_stages * 128);
+    return 2 * (kept + streamed + 2 * c.num_ds_stages * c.tile_m * keys) + others;
+  }
   const int dq_padding = c.dq_through_smem ? 4 * c.tile_m * (round_up(head_dim, 64) - head_dim) : 0;
-  return bwd_smem_bytes(c, round_up(head_dim, 64)) - dq_padding +
-         bwd_statistics_bytes(Arch::kSm90, c) + kBwdBarrierBytes;
+  return bwd_smem_bytes(c, round_up(head_dim, 64)) - dq_padding + others;
 }
 
 // SM90 adds a producer warpgroup and one for dQ.
@@ -291,15 +300,16 @@ struct BwdRegisters {
   int at_launch, producer, dq, consumer;
 };
 FA_HD constexpr BwdRegisters sm90_bwd_registers(int head_dim) {
-  // d 96: the sums of dQ are 48 registers, 32 elsewhere.
+  // Of pairs the sums of dQ are 64 registers; d 96: 48, 32 elsewhere.
+  if (head_dim > 128) return {128, 32, 96, 192};
   return head_dim == 96 ? BwdRegisters{128, 32, 80, 200} : BwdRegisters{128, 32, 64, 208};
 }
 
 // fp32 registers of a computing thread: dK and dV always, and S with dP, or dQ once those are used.
 FA_HD constexpr int bwd_accum_regs(BwdTileConfig c, int head_dim) {
-  const int threads = c.num_warps * kWarpSize;
-  const int kept = 2 * c.tile_n * head_dim / threads;
-  return kept + max(2 * c.tile_m * c.tile_n, c.tile_m * head_dim) / threads;
+  const int threads = c.num_warps * kWarpSize, keys = c.tile_n / c.num_ctas;
+  const int kept = 2 * keys * head_dim / threads;
+  return kept + max(2 * c.tile_m * keys, c.tile_m * head_dim) / threads;
 }
 
 // What every row must satisfy.
@@ -371,6 +381,7 @@ static_assert(sm90_fwd_configs_fit(Sm90FwdTile::kTall) &&
 static_assert(warpgroup_registers_fit(1) && warpgroup_registers_fit(2) &&
               warpgroup_registers_fit(3) && warpgroup_registers_fit(4));
 static_assert(bwd_registers_fit(sm90_bwd_registers(96)) &&
-              bwd_registers_fit(sm90_bwd_registers(128)));
+              bwd_registers_fit(sm90_bwd_registers(128)) &&
+              bwd_registers_fit(sm90_bwd_registers(256)));
 
 }  // namespace fa

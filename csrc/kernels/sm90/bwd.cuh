@@ -11,7 +11,7 @@
 // Memory, order of the products: bwd_layout.h. Barriers: a Pipeline each for K, V, Q with the
 // statistics, dO, and each consumer's dS.
 // Rows past the end of a sequence may hold anything, also NaN: scores are masked, and the rows
-// overwritten with zeros in shared memory.
+// overwritten with zeros in shared memory (bwd_elements.h).
 // delta comes from bwd_preprocess, bwd_postprocess rounds dQ. Tiles: core/tile_config.h. Numbers:
 // docs/performance/sm90_backward.md. Algorithm: FlashAttention-2, arXiv:2307.08691, algorithm 2.
 #pragma once
@@ -19,20 +19,17 @@
 
 #include <climits>
 
-#include "attention/bwd_scores.h"
 #include "kernels/launch.h"
 #include "kernels/sm90/bwd_dq.h"
+#include "kernels/sm90/bwd_elements.h"
 #include "kernels/sm90/bwd_layout.h"
+#include "kernels/sm90/bwd_pair.cuh"
 #include "kernels/sm90/bwd_postprocess.cuh"
 #include "kernels/sm90/bwd_producer.h"
 #include "kernels/tensor_map.h"
-#include "ptx/barrier.h"
-#include "ptx/global_memory.h"
 #include "ptx/ldmatrix.h"
-#include "ptx/shared_memory.h"
 #include "ptx/stmatrix.h"
 #include "ptx/warpgroup.h"
-#include "tile/store_sm90.h"
 
 namespace fa {
 
@@ -46,9 +43,6 @@ struct BwdConsumer {
   using Operand = AFragments<1, kTileM / 16>;                           // P^T or dS^T
   using Gradient = AccumTile<1, kHeadDim / 8>;                          // dK or dV
   using Kept = AFragments<1, Layout::kKeptInRegs ? kHeadDim / 16 : 1>;  // K or V
-  struct Statistics {         // -LSE or delta of this lane's queries
-    float2 pair[kTileM / 8];  // of column n of the scores
-  };
 
   const BwdParams& p;
   const BwdLaunch& launch;
@@ -80,7 +74,8 @@ struct BwdConsumer {
     for (int i = blockIdx.x; i < launch.num_tiles; i += gridDim.x) {
       const BwdTile tile = bwd_tile(p, launch, i);
       if (tile.num_steps == 0) {
-        clear_gradients(tile);
+        clear_gradients<T, Layout::kConsumers * kWarpgroupSize>(
+            p, launch, tile, consumer * kWarpgroupSize + threadIdx.x % kWarpgroupSize);
       } else {
         compute(tile);
       }
@@ -99,7 +94,7 @@ struct BwdConsumer {
     const Kept kept_k = load_kept(smem_k());
     wait_for_q(q, tile, step);
     issue_scores(acc_s, kept_k, smem_k(), Layout::smem_q(smem, q.stage));
-    Statistics minus_lse = load_statistics(Layout::statistics(smem, q.stage));
+    BwdStatistic minus_lse = load_statistic(Layout::statistics(smem, q.stage), lane);
     v.wait_full();
     clear_kept_behind(tile, smem_v());
     const Kept kept_v = load_kept(smem_v());
@@ -116,14 +111,18 @@ struct BwdConsumer {
       if (Layout::kTakesTurns) pass_turn_to(consumer ^ 1);
       if (!Layout::kHasRoom) issue_dp(acc_dp, kept_v, tile, step);
       accumulate(acc_dv, probs, Layout::smem_dout(smem, dout.stage));
-      const Statistics deltas =
-          load_statistics(Layout::statistics(smem, q.stage) + Layout::kStatisticBytes);
+      const BwdStatistic deltas =
+          load_statistic(Layout::statistics(smem, q.stage) + Layout::kStatisticBytes, lane);
       ptx::wgmma_wait_group<Layout::kHasRoom ? 1 : 0>();  // dP is complete
       ptx::wgmma_pin(acc_dp.x[0]);
       if (!Layout::kHasRoom) release_dout(acc_dv);
       if (steps_left == 0) release_by_warp(v, lane);
-      Operand dscores;
-      to_dscores(dscores, kScoreMod ? passed : probs, acc_dp, deltas);
+      Operand dscores = kScoreMod ? passed : probs;
+      const float drop_factor =
+          kScoreMod && p.score.keep_threshold < 256 ? 256.f / p.score.keep_threshold : 0.f;
+      FA_UNROLL
+      for (int k = 0; k < kTileM / 16; ++k)
+        to_dscores<T>(dscores.x[0][k], acc_dp, deltas, k, drop_factor);
       store_dscores(dscores);
 
       // The next S goes ahead of dK. Behind the last step it is that of some old tile, which nobody
@@ -137,7 +136,7 @@ struct BwdConsumer {
       issue_scores(acc_s, kept_k, smem_k(), Layout::smem_q(smem, next.stage));
       accumulate(acc_dk, dscores, Layout::smem_q(smem, q.stage));
       hand_over_dscores();
-      minus_lse = load_statistics(Layout::statistics(smem, next.stage));
+      minus_lse = load_statistic(Layout::statistics(smem, next.stage), lane);
       if (Layout::kHasRoom) {
         ptx::wgmma_wait_group<2>();  // dV is complete
         release_dout(acc_dv);
@@ -151,9 +150,10 @@ struct BwdConsumer {
     release_by_warp(k, lane);
     k.advance();
     v.advance();
-    store(acc_dv, tile, p.dv, p.dv_strides, p.head_dim_v,
-          kScoreMod ? 256.f / p.score.keep_threshold : 1.f);
-    store(acc_dk, tile, p.dk, p.dk_strides, p.head_dim, p.score.softmax_scale);
+    store_gradient<T>(acc_dv, tile, first_key(tile), {p.dv, p.dv_strides, p.head_dim_v}, 0,
+                      kScoreMod ? 256.f / p.score.keep_threshold : 1.f, lane);
+    store_gradient<T>(acc_dk, tile, first_key(tile), {p.dk, p.dk_strides, p.head_dim}, 0,
+                      p.score.softmax_scale, lane);
   }
 
   FA_DEVICE typename Layout::TileKept smem_k() const { return Layout::smem_k(smem, consumer); }
@@ -214,18 +214,9 @@ struct BwdConsumer {
     return kept;
   }
 
-  // Called ahead of the wait for a product: shared memory answers late while products read it.
-  FA_DEVICE Statistics load_statistics(uint32_t from) const {
-    Statistics s;
-    FA_UNROLL
-    for (int n = 0; n < kTileM / 8; ++n)
-      s.pair[n] = ptx::ld_shared_v2_f32(from + (n * 8 + lane % 4 * 2) * sizeof(float));
-    return s;
-  }
-
   // Scores become P. passed: what dS needs of it if there are score modifications.
   FA_DEVICE void to_probs(Scores acc, const BwdTile& tile, BwdStep step,
-                          const Statistics& minus_lse, Operand& probs, Operand& passed) const {
+                          const BwdStatistic& minus_lse, Operand& probs, Operand& passed) const {
     const TransposedOrigin origin{first_key(tile), step.m_block * kTileM};
     const bool border =
         step.m_block < tile.blocks.full_begin || step.m_block >= tile.blocks.full_end;
@@ -236,60 +227,11 @@ struct BwdConsumer {
       if (border) apply_mask(acc, tile.mask, origin, lane);
       FA_UNROLL
       for (int k = 0; k < kTileM / 16; ++k)
-        modify_part(acc, mod, origin, k, minus_lse, probs, passed);
+        modify_weights<T>(acc, mod, origin, k, minus_lse, lane, probs.x[0][k], passed.x[0][k]);
     } else {
       if (border) apply_mask(acc, tile.mask, origin, lane);
       to_weights(acc, launch.scale_log2, minus_lse, 0);
       probs = as_a_operand<T>(acc);
-    }
-  }
-  // Scores become exp(score - lse).
-  template <int kN>
-  FA_DEVICE void to_weights(AccumTile<1, kN>& acc, float scale_log2, const Statistics& minus_lse,
-                            int first_column) const {
-    FA_UNROLL
-    for (int n = 0; n < kN; ++n) {
-      const float2 pair = minus_lse.pair[first_column + n];
-      FA_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        float& x = acc.x[0][n][i];
-        x = ptx::ex2_approx_ftz(fmaf(x, scale_log2, i % 2 == 0 ? pair.x : pair.y));
-      }
-    }
-  }
-  // Queries [16 k, 16 k + 16) with softcap, ALiBi and dropout. passed is P (1 - tanh^2), with the
-  // sign of minus where dropped: it is never negative otherwise.
-  FA_DEVICE void modify_part(const Scores& acc, const TransposedScoreMod& mod,
-                             TransposedOrigin origin, int k, const Statistics& minus_lse,
-                             Operand& probs, Operand& passed) const {
-    origin.first_query += 16 * k;
-    AccumTile<1, 2> scores;
-    FA_UNROLL
-    for (int i = 0; i < 8; ++i) scores.x[0][i / 4][i % 4] = acc.x[0][2 * k + i / 4][i % 4];
-    AccumTile<1, 2> weights = scores;
-    to_weights(weights, mod.unit(), minus_lse, 2 * k);
-    const AccumTile<1, 2> others = mod.apply(weights, scores, origin, lane);
-    const AFragments<1, 1> w = as_a_operand<T>(weights), o = as_a_operand<T>(others);
-    FA_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      probs.x[0][k][i] = w.x[0][0][i];
-      passed.x[0][k][i] = o.x[0][0][i];
-    }
-  }
-
-  FA_DEVICE void to_dscores(Operand& dscores, Operand& probs, Scores& dp,
-                            const Statistics& deltas) const {
-    if (kScoreMod && p.score.keep_threshold < 256)
-      drop_gradient(dp, probs, 256.f / p.score.keep_threshold);
-    FA_UNROLL
-    for (int n = 0; n < kTileM / 8; ++n) {
-      const float2 delta = deltas.pair[n];
-      FA_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const float2 prob = unpack<T>(probs.x[0][n / 2][n % 2 * 2 + h]);
-        dscores.x[0][n / 2][n % 2 * 2 + h] = pack<T>(prob.x * (dp.x[0][n][2 * h] - delta.x),
-                                                     prob.y * (dp.x[0][n][2 * h + 1] - delta.y));
-      }
     }
   }
   // dS to shared memory, and, once that has happened, word of it to the dQ warpgroup.
@@ -307,69 +249,18 @@ struct BwdConsumer {
     scores.advance();
   }
 
-  // Rows of a tile past the sequence become 0, as their weights are: 0 * NaN would be NaN. Without
-  // lengths on the device they lie outside the tensor, and TMA has written zeros. Every consumer
-  // clears what it reads.
-  template <class Tile>
-  FA_DEVICE void clear_rows_behind(Tile rows, int num_rows) const {
-    constexpr int kChunks = kHeadDim / 8;
-#pragma unroll 1
-    for (int i = max(num_rows, 0) * kChunks + static_cast<int>(threadIdx.x % kWarpgroupSize);
-         i < Tile::kRows * kChunks; i += kWarpgroupSize)
-      ptx::st_shared_v4(rows.chunk_address(i / kChunks, i % kChunks), uint4{0, 0, 0, 0});
-    ptx::fence_proxy_async();
-    ptx::bar_sync(kFirstOwnBarrier + consumer, kWarpgroupSize);
-  }
   FA_DEVICE void clear_kept_behind(const BwdTile& tile, typename Layout::TileKept rows) const {
-    const int num_rows =
-        tile.k_seq.seqlen - tile.n_block * Layout::kTileN - consumer * Layout::kKeys;
-    if (num_rows < Layout::kKeys && has_lengths(p.seqlens_k)) clear_rows_behind(rows, num_rows);
+    clear_rows_behind(rows, tile.k_seq.seqlen - first_key(tile) + warp_row, p.seqlens_k,
+                      kFirstOwnBarrier + consumer);
   }
   FA_DEVICE void clear_stream_behind(const BwdTile& tile, BwdStep step,
                                      typename Layout::TileStream rows) const {
-    const int num_rows = tile.q_seq.seqlen - step.m_block * kTileM;
-    if (num_rows < kTileM && has_lengths(p.seqlens_q)) clear_rows_behind(rows, num_rows);
-  }
-  static FA_DEVICE bool has_lengths(const SeqlenArgs& seqlens) {
-    return seqlens.cu_seqlens != nullptr || seqlens.seqused != nullptr;
+    clear_rows_behind(rows, tile.q_seq.seqlen - step.m_block * kTileM, p.seqlens_q,
+                      kFirstOwnBarrier + consumer);
   }
 
   FA_DEVICE int first_key(const BwdTile& tile) const {
     return tile.n_block * Layout::kTileN + consumer * Layout::kKeys + warp_row;
-  }
-
-  // dK or dV.
-  FA_DEVICE void store(const Gradient& acc, const BwdTile& tile, void* tensor,
-                       const Strides& strides, int num_cols, float scale) const {
-    FA_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const int key = first_key(tile) + r * 8 + lane / 4;
-      const bool exists = key < tile.k_seq.seqlen, stored = key < tile.k_seq.stored;
-      T* out = static_cast<T*>(tensor) + element_offset(strides.batch, strides.token, strides.head,
-                                                        tile.batch, tile.k_seq.first_row + key,
-                                                        tile.head_kv);
-      store_row_by_quad(out, acc.x[0], r, scale, !exists, stored, num_cols, lane);
-    }
-  }
-
-  // dK = dV = 0 for keys that no query sees. The rest behind the last sequence may have more tiles
-  // than the grid, so a tile stands for every num_n_blocks-th.
-  FA_DEVICE void clear_gradients(const BwdTile& tile) const {
-    const int thread = consumer * kWarpgroupSize + threadIdx.x % kWarpgroupSize;
-    constexpr int kConsumerThreads = Layout::kConsumers * kWarpgroupSize;
-    for (int first = tile.n_block * Layout::kTileN; first < tile.k_seq.stored;
-         first += launch.order.grid.num_m_blocks * Layout::kTileN) {
-      const Range rows{first, min(first + Layout::kTileN, tile.k_seq.stored)};
-      const auto at = [&](void* tensor, const Strides& strides) {
-        return static_cast<T*>(tensor) + element_offset(strides.batch, strides.token, strides.head,
-                                                        tile.batch, tile.k_seq.first_row,
-                                                        tile.head_kv);
-      };
-      clear_rows<kConsumerThreads>(at(p.dk, p.dk_strides), p.dk_strides.token, rows, p.head_dim,
-                                   thread);
-      clear_rows<kConsumerThreads>(at(p.dv, p.dv_strides), p.dv_strides.token, rows, p.head_dim_v,
-                                   thread);
-    }
   }
 };
 
@@ -393,7 +284,7 @@ __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1
     ptx::setmaxnreg_dec<Layout::kRegisters.producer>();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
     if (threadIdx.x == 0) BwdProducer<T, kHeadDim, kScoreMod>(p, launch, smem_base).run();
-    if (warp == 1) BwdStatistics<T, kHeadDim, kScoreMod>{p, launch, smem_base, lane}.run();
+    if (warp == 1) BwdStatistics<Layout>{p, launch, smem_base, lane}.run();
   } else if (warpgroup == 1) {
     ptx::setmaxnreg_dec<Layout::kRegisters.dq>();
     BwdDq<T, kHeadDim, kScoreMod>(p, launch, smem_base).run();
@@ -407,7 +298,8 @@ __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1
 // and 16 MB are equal, 32 MB is 6 % slower at 2k; deterministic 128 MB is 10 % slower at 8k.
 constexpr int64_t kBwdL2GroupBytes = 16 << 20;
 
-inline cudaError_t encode_bwd_tensor_maps(const BwdParams& p, int keys, BwdLaunch& launch) {
+inline cudaError_t encode_bwd_tensor_maps(const BwdParams& p, int queries, BwdLaunch& launch) {
+  constexpr int kKeys = 64;  // of a consumer, or of a CTA of a pair
   const auto of_q = [&](const void* data, const Strides& strides, int head_dim) {
     return head_tensor(data, strides, p.seqlens_q, p.total_q, p.batch_size, p.num_heads_q,
                        head_dim);
@@ -420,21 +312,19 @@ inline cudaError_t encode_bwd_tensor_maps(const BwdParams& p, int keys, BwdLaunc
   const HeadTensor dout = of_q(p.dout, p.dout_strides, p.head_dim_v);
   const HeadTensor k = of_k(p.k, p.k_strides, p.head_dim);
   const HeadTensor v = of_k(p.v, p.v_strides, p.head_dim_v);
-  cudaError_t error = encode_tensor_map(launch.q, p.dtype, q, kBwdTileM);
-  if (error == cudaSuccess) error = encode_tensor_map(launch.dout, p.dtype, dout, kBwdTileM);
-  if (error == cudaSuccess) error = encode_tensor_map(launch.k, p.dtype, k, keys);
-  if (error == cudaSuccess) error = encode_tensor_map(launch.v, p.dtype, v, keys);
+  cudaError_t error = encode_tensor_map(launch.q, p.dtype, q, queries);
+  if (error == cudaSuccess) error = encode_tensor_map(launch.dout, p.dtype, dout, queries);
+  if (error == cudaSuccess) error = encode_tensor_map(launch.k, p.dtype, k, kKeys);
+  if (error == cudaSuccess) error = encode_tensor_map(launch.v, p.dtype, v, kKeys);
   return error;
 }
 
 template <class T, int kHeadDim, bool kScoreMod>
 int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream) {
-  using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
-  constexpr auto kKernel = bwd_kernel<T, kHeadDim, kScoreMod>;
   const TileGrid grid{max(1, ceil_div(p.seqlens_k.max_seqlen, kBwdTileN)), p.num_heads_kv,
                       num_sequences};
   if (grid.size() == 0) return cudaSuccess;
-  if (grid.size() > INT_MAX) return cudaErrorInvalidConfiguration;
+  if (grid.size() > INT_MAX / 2) return cudaErrorInvalidConfiguration;
   BwdLaunch launch;
   launch.heads_per_kv = p.num_heads_q / p.num_heads_kv;
   launch.num_tiles = static_cast<int>(grid.size());
@@ -442,12 +332,21 @@ int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream
   const int64_t stream_bytes = int64_t{launch.heads_per_kv} * p.seqlens_q.max_seqlen *
                                (2 * (p.head_dim + p.head_dim_v) + 4 * kHeadDim);
   launch.order = TileOrder::of(grid, false, l2_group_size(stream_bytes, 1, kBwdL2GroupBytes));
-  cudaError_t error = encode_bwd_tensor_maps(p, Layout::kKeys, launch);
-  if (error == cudaSuccess) error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
+  constexpr bool kPair = bwd_tile_config(Arch::kSm90, kHeadDim, MaskKind::kFull).num_ctas == 2;
+  cudaError_t error = encode_bwd_tensor_maps(p, kPair ? kBwdTileM / 2 : kBwdTileM, launch);
   if (error != cudaSuccess) return error;
-  // A CTA for each tile: dealt out to one CTA an SM, they were 10 % slower at 512 and equal beyond.
-  kKernel<<<launch.num_tiles, Layout::kThreads, Layout::kSmemBytes, stream>>>(p, launch);
-  return cudaGetLastError();
+  if constexpr (kPair) {
+    return launch_bwd_pair_kernel<T, kHeadDim, kScoreMod>(p, launch, stream);
+  } else {
+    using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
+    constexpr auto kKernel = bwd_kernel<T, kHeadDim, kScoreMod>;
+    error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
+    if (error != cudaSuccess) return error;
+    // A CTA for each tile: dealt out to one CTA an SM, they were 10 % slower at 512 and equal
+    // beyond.
+    kKernel<<<launch.num_tiles, Layout::kThreads, Layout::kSmemBytes, stream>>>(p, launch);
+    return cudaGetLastError();
+  }
 }
 
 template <class T, int kHeadDim>

@@ -89,11 +89,4 @@ struct BwdLayout {
   }
 };
 
-// One arrival of a warp whose lanes are all done with a buffer.
-template <class Pipeline>
-FA_DEVICE void release_by_warp(const Pipeline& pipeline, int lane) {
-  __syncwarp();
-  if (lane == 0) pipeline.release();
-}
-
 }  // namespace fa

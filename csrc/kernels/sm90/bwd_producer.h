@@ -80,10 +80,8 @@ struct BwdProducer {
 };
 
 // The warp that brings LSE and delta.
-template <class T, int kHeadDim, bool kScoreMod>
+template <class Layout>
 struct BwdStatistics {
-  using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
-
   const BwdParams& p;
   const BwdLaunch& launch;
   uint32_t smem;
@@ -94,13 +92,18 @@ struct BwdStatistics {
 #pragma unroll 1
     for (int i = blockIdx.x; i < launch.num_tiles; i += gridDim.x) {
       const BwdTile tile = bwd_tile(p, launch, i);
-      BwdStep step = BwdStep::first(p, tile);
+      bring(tile, q);
+    }
+  }
+
+  // Of all steps of a tile.
+  FA_DEVICE void bring(const BwdTile& tile, typename Layout::StreamPipeline& q) const {
+    BwdStep step = BwdStep::first(p, tile);
 #pragma unroll 1
-      for (int n = 0; n < tile.num_steps; ++n) {
-        bring(tile, step, q);
-        q.advance();
-        step.advance(tile.blocks);
-      }
+    for (int n = 0; n < tile.num_steps; ++n) {
+      bring(tile, step, q);
+      q.advance();
+      step.advance(tile.blocks);
     }
   }
 

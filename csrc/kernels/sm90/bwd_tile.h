@@ -74,4 +74,11 @@ FA_DEVICE int64_t statistics_row(const BwdParams& p, const BwdTile& tile, int he
              : (static_cast<int64_t>(tile.batch) * p.num_heads_q + head) * p.seqlens_q.max_seqlen;
 }
 
+// One arrival of a warp whose lanes are all done with a buffer.
+template <class Pipeline>
+FA_DEVICE void release_by_warp(const Pipeline& pipeline, int lane) {
+  __syncwarp();
+  if (lane == 0) pipeline.release();
+}
+
 }  // namespace fa

@@ -1,0 +1,107 @@
+// The warpgroup of the SM90 backward of large head_dim that computes dQ = dS K of all keys of the
+// pair, some columns in each CTA, and adds it to dq_accum from registers: [column / 8][thread][4]
+// floats a tile of queries, as bwd_postprocess.cuh reads them.
+#pragma once
+#include "kernels/sm90/bwd_elements.h"
+#include "kernels/sm90/bwd_pair_layout.h"
+#include "ptx/reduction.h"
+
+namespace fa {
+
+template <class T, class Layout>
+struct BwdPairDq {
+  using Scores = typename Layout::ScoresPipeline;
+  using Kept = typename Layout::KeptPipeline;
+  static constexpr int kBarrier = 3;  // named barrier
+  static constexpr int kHeadDim = Layout::TileKept::kCols;
+
+  const BwdParams& p;
+  uint32_t smem;
+  int rank, thread, lane;
+  Scores scores, peer_scores;
+
+  FA_DEVICE BwdPairDq(const BwdParams& params, uint32_t smem_base, int cluster_rank)
+      : p(params),
+        smem(smem_base),
+        rank(cluster_rank),
+        thread(threadIdx.x % kWarpgroupSize),
+        lane(threadIdx.x % kWarpSize),
+        scores(Scores::consumer(smem_base + Layout::kScoresBarriers)),
+        peer_scores(Scores::consumer(smem_base + Layout::kPeerBarriers)) {}
+
+  FA_DEVICE void run(const BwdTile& tile) {
+    const typename Layout::TileShared shared{smem + Layout::kShared};
+    Kept::consumer(smem + Layout::kKBarriers).wait_full();
+    Kept::consumer(smem + Layout::kSharedBarriers).wait_full();
+    clear_rows_behind(shared,
+                      tile.k_seq.seqlen - tile.n_block * kBwdTileN - (1 - rank) * Layout::kKeys,
+                      p.seqlens_k, kBarrier);
+    BwdStep step = BwdStep::first(p, tile);
+#pragma unroll 1
+    for (int n = 0; n < tile.num_steps; ++n) {
+      if (Layout::kSlabs == 4 || Layout::num_dq_slabs(rank, n) == 2) {
+        add<2>(tile, step, Layout::first_shared_slab(rank));
+      } else {
+        add<1>(tile, step, rank == 0 ? 0 : Layout::kSlabs - 1);
+      }
+      scores.advance();
+      peer_scores.advance();
+      step.advance(tile.blocks);
+    }
+  }
+
+  template <int kNumSlabs>
+  FA_DEVICE void add(const BwdTile& tile, BwdStep step, int first_slab) {
+    AccumTile<1, 8 * kNumSlabs> acc;
+    const int shared_slab = first_slab - Layout::first_shared_slab(rank);
+    scores.wait_full();
+    ptx::wgmma_pin(acc.x[0]);
+    ptx::wgmma_fence();
+    multiply(acc, Layout::smem_scores(smem, scores.stage), smem + Layout::kK, first_slab, false);
+    ptx::mbarrier_wait_cluster(peer_scores.full(), peer_scores.parity);
+    ptx::wgmma_fence();
+    multiply(acc, Layout::smem_peer_scores(smem, peer_scores.stage), smem + Layout::kShared,
+             shared_slab, true);
+    ptx::wgmma_commit_group();
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_pin(acc.x[0]);
+    release_in_pair(scores, lane);
+
+    const int64_t index =
+        bwd_dq_tile_index(p, kBwdTileM, tile.batch, tile.q_seq.first_row, step.m_block, step.head);
+    float* sums = p.dq_accum + index * (kBwdTileM * kHeadDim) +
+                  (first_slab * 8 * kWarpgroupSize + thread) * 4;
+    if (p.dq_semaphore != nullptr) wait_for_turn(tile, step, index);
+    FA_UNROLL
+    for (int n = 0; n < 8 * kNumSlabs; ++n)
+      ptx::red_global_add_v4_f32(sums + n * (4 * kWarpgroupSize), acc.x[0][n]);
+    if (p.dq_semaphore != nullptr) end_turn(index);
+  }
+
+  template <int kN>
+  FA_DEVICE void multiply(AccumTile<1, kN>& acc, typename Layout::TileScores dscores, uint32_t keys,
+                          int slab, bool accumulate) const {
+    const SwizzledTile<Layout::kKeys, 8 * kN> columns{keys + slab * Layout::TileKept::kSlabBytes};
+    warpgroup_gemm_atb<T>(acc, dscores, columns, accumulate);
+  }
+
+  // Deterministic: tiles of keys add to a tile of queries in ascending order; the counter says how
+  // many halves of one have. Clusters take tiles in the order of n_block, so whoever is waited for
+  // already runs.
+  FA_DEVICE void wait_for_turn(const BwdTile& tile, BwdStep step, int64_t index) const {
+    if (thread == 0) {
+      const int first = n_block_range(tile.mask, step.m_block, kBwdTileM, kBwdTileN).begin;
+      while (ptx::ld_acquire_gpu_s32(p.dq_semaphore + index) <
+             Layout::kCtas * (tile.n_block - first)) {
+      }
+    }
+    ptx::bar_sync(kBarrier, kWarpgroupSize);
+  }
+  FA_DEVICE void end_turn(int64_t index) const {
+    __threadfence();
+    ptx::bar_sync(kBarrier, kWarpgroupSize);
+    if (thread == 0) ptx::red_release_gpu_add_s32(p.dq_semaphore + index, 1);
+  }
+};
+
+}  // namespace fa
