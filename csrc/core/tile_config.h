@@ -300,8 +300,7 @@ struct BwdRegisters {
   int at_launch, producer, dq, consumer;
 };
 FA_HD constexpr BwdRegisters sm90_bwd_registers(int head_dim) {
-  // Of pairs the sums of dQ are 64 registers; d 96: 48, 32 elsewhere.
-  if (head_dim > 128) return {128, 32, 96, 192};
+  // d 96: the sums of dQ are 48 registers, 32 elsewhere.
   return head_dim == 96 ? BwdRegisters{128, 32, 80, 200} : BwdRegisters{128, 32, 64, 208};
 }
 

@@ -42,6 +42,7 @@ struct BwdConsumer {
   using Scores = AccumTile<1, kTileM / 8>;                              // S^T or dP^T
   using Operand = AFragments<1, kTileM / 16>;                           // P^T or dS^T
   using Gradient = AccumTile<1, kHeadDim / 8>;                          // dK or dV
+  using Statistic = BwdStatistic<kTileM / 8>;
   using Kept = AFragments<1, Layout::kKeptInRegs ? kHeadDim / 16 : 1>;  // K or V
 
   const BwdParams& p;
@@ -94,7 +95,7 @@ struct BwdConsumer {
     const Kept kept_k = load_kept(smem_k());
     wait_for_q(q, tile, step);
     issue_scores(acc_s, kept_k, smem_k(), Layout::smem_q(smem, q.stage));
-    BwdStatistic minus_lse = load_statistic(Layout::statistics(smem, q.stage), lane);
+    Statistic minus_lse = load_statistic<kTileM / 8>(Layout::statistics(smem, q.stage), lane);
     v.wait_full();
     clear_kept_behind(tile, smem_v());
     const Kept kept_v = load_kept(smem_v());
@@ -111,18 +112,17 @@ struct BwdConsumer {
       if (Layout::kTakesTurns) pass_turn_to(consumer ^ 1);
       if (!Layout::kHasRoom) issue_dp(acc_dp, kept_v, tile, step);
       accumulate(acc_dv, probs, Layout::smem_dout(smem, dout.stage));
-      const BwdStatistic deltas =
-          load_statistic(Layout::statistics(smem, q.stage) + Layout::kStatisticBytes, lane);
+      const Statistic deltas =
+          load_statistic<kTileM / 8>(Layout::statistics(smem, q.stage) + Layout::kStatisticBytes, lane);
       ptx::wgmma_wait_group<Layout::kHasRoom ? 1 : 0>();  // dP is complete
       ptx::wgmma_pin(acc_dp.x[0]);
       if (!Layout::kHasRoom) release_dout(acc_dv);
       if (steps_left == 0) release_by_warp(v, lane);
       Operand dscores = kScoreMod ? passed : probs;
-      const float drop_factor =
-          kScoreMod && p.score.keep_threshold < 256 ? 256.f / p.score.keep_threshold : 0.f;
       FA_UNROLL
       for (int k = 0; k < kTileM / 16; ++k)
-        to_dscores<T>(dscores.x[0][k], acc_dp, deltas, k, drop_factor);
+        to_dscores<T>(dscores.x[0][k], score_part(acc_dp, k), deltas.part(k),
+                      kScoreMod ? drop_factor(p.score) : 0.f);
       store_dscores(dscores);
 
       // The next S goes ahead of dK. Behind the last step it is that of some old tile, which nobody
@@ -136,7 +136,7 @@ struct BwdConsumer {
       issue_scores(acc_s, kept_k, smem_k(), Layout::smem_q(smem, next.stage));
       accumulate(acc_dk, dscores, Layout::smem_q(smem, q.stage));
       hand_over_dscores();
-      minus_lse = load_statistic(Layout::statistics(smem, next.stage), lane);
+      minus_lse = load_statistic<kTileM / 8>(Layout::statistics(smem, next.stage), lane);
       if (Layout::kHasRoom) {
         ptx::wgmma_wait_group<2>();  // dV is complete
         release_dout(acc_dv);
@@ -216,7 +216,7 @@ struct BwdConsumer {
 
   // Scores become P. passed: what dS needs of it if there are score modifications.
   FA_DEVICE void to_probs(Scores acc, const BwdTile& tile, BwdStep step,
-                          const BwdStatistic& minus_lse, Operand& probs, Operand& passed) const {
+                          const Statistic& minus_lse, Operand& probs, Operand& passed) const {
     const TransposedOrigin origin{first_key(tile), step.m_block * kTileM};
     const bool border =
         step.m_block < tile.blocks.full_begin || step.m_block >= tile.blocks.full_end;
@@ -227,10 +227,12 @@ struct BwdConsumer {
       if (border) apply_mask(acc, tile.mask, origin, lane);
       FA_UNROLL
       for (int k = 0; k < kTileM / 16; ++k)
-        modify_weights<T>(acc, mod, origin, k, minus_lse, lane, probs.x[0][k], passed.x[0][k]);
+        modify_weights<T>(score_part(acc, k), mod,
+                          {origin.first_key, origin.first_query + 16 * k}, minus_lse.part(k), lane,
+                          probs.x[0][k], passed.x[0][k]);
     } else {
       if (border) apply_mask(acc, tile.mask, origin, lane);
-      to_weights(acc, launch.scale_log2, minus_lse, 0);
+      to_weights(acc, launch.scale_log2, minus_lse);
       probs = as_a_operand<T>(acc);
     }
   }

@@ -14,44 +14,52 @@
 namespace fa {
 
 // -LSE or delta of this lane's queries.
+template <int kN>
 struct BwdStatistic {
-  float2 pair[kBwdTileM / 8];  // of column n of the scores
+  float2 pair[kN];  // of column n of the scores
+
+  // Of queries [16 k, 16 k + 16).
+  FA_DEVICE BwdStatistic<2> part(int k) const { return {{pair[2 * k], pair[2 * k + 1]}}; }
 };
-FA_DEVICE BwdStatistic load_statistic(uint32_t from, int lane) {
-  BwdStatistic s;
+template <int kN>
+FA_DEVICE BwdStatistic<kN> load_statistic(uint32_t from, int lane) {
+  BwdStatistic<kN> s;
   FA_UNROLL
-  for (int n = 0; n < kBwdTileM / 8; ++n)
+  for (int n = 0; n < kN; ++n)
     s.pair[n] = ptx::ld_shared_v2_f32(from + (n * 8 + lane % 4 * 2) * sizeof(float));
   return s;
+}
+// Scores of queries [16 k, 16 k + 16).
+template <int kN>
+FA_DEVICE AccumTile<1, 2> score_part(const AccumTile<1, kN>& acc, int k) {
+  AccumTile<1, 2> part;
+  FA_UNROLL
+  for (int i = 0; i < 8; ++i) part.x[0][i / 4][i % 4] = acc.x[0][2 * k + i / 4][i % 4];
+  return part;
 }
 
 // Scores become exp(score - lse).
 template <int kN>
-FA_DEVICE void to_weights(AccumTile<1, kN>& acc, float scale_log2, const BwdStatistic& minus_lse,
-                          int first_column) {
+FA_DEVICE void to_weights(AccumTile<1, kN>& acc, float scale_log2,
+                          const BwdStatistic<kN>& minus_lse) {
   FA_UNROLL
   for (int n = 0; n < kN; ++n) {
-    const float2 pair = minus_lse.pair[first_column + n];
     FA_UNROLL
     for (int i = 0; i < 4; ++i) {
-      float& x = acc.x[0][n][i];
-      x = ptx::ex2_approx_ftz(fmaf(x, scale_log2, i % 2 == 0 ? pair.x : pair.y));
+      const float minus = i % 2 == 0 ? minus_lse.pair[n].x : minus_lse.pair[n].y;
+      acc.x[0][n][i] = ptx::ex2_approx_ftz(fmaf(acc.x[0][n][i], scale_log2, minus));
     }
   }
 }
 
-// Queries [16 k, 16 k + 16) with softcap, ALiBi and dropout. passed, which dS is computed from, is
+// P of 16 queries with softcap, ALiBi and dropout. passed, which dS is computed from, is
 // P (1 - tanh^2), with the sign of minus where dropped: it is never negative otherwise.
-template <class T, int kN>
-FA_DEVICE void modify_weights(const AccumTile<1, kN>& acc, const TransposedScoreMod& mod,
-                              TransposedOrigin origin, int k, const BwdStatistic& minus_lse,
-                              int lane, uint32_t (&probs)[4], uint32_t (&passed)[4]) {
-  origin.first_query += 16 * k;
-  AccumTile<1, 2> scores;
-  FA_UNROLL
-  for (int i = 0; i < 8; ++i) scores.x[0][i / 4][i % 4] = acc.x[0][2 * k + i / 4][i % 4];
+template <class T>
+FA_DEVICE void modify_weights(const AccumTile<1, 2>& scores, const TransposedScoreMod& mod,
+                              TransposedOrigin origin, const BwdStatistic<2>& minus_lse, int lane,
+                              uint32_t (&probs)[4], uint32_t (&passed)[4]) {
   AccumTile<1, 2> weights = scores;
-  to_weights(weights, mod.unit(), minus_lse, 2 * k);
+  to_weights(weights, mod.unit(), minus_lse);
   const AccumTile<1, 2> others = mod.apply(weights, scores, origin, lane);
   const AFragments<1, 1> w = as_a_operand<T>(weights), o = as_a_operand<T>(others);
   FA_UNROLL
@@ -61,24 +69,24 @@ FA_DEVICE void modify_weights(const AccumTile<1, kN>& acc, const TransposedScore
   }
 }
 
-// dS = P (dP - delta) of queries [16 k, 16 k + 16), in the place of what modify_weights() passed, or
-// of P. drop_factor: of what dropout keeps; 0: no dropout.
-template <class T, int kN>
-FA_DEVICE void to_dscores(uint32_t (&passed)[4], const AccumTile<1, kN>& dp,
-                          const BwdStatistic& deltas, int k, float drop_factor) {
-  AccumTile<1, 2> part;
+// dS = P (dP - delta) of 16 queries, in the place of P, or of what modify_weights() passed.
+// drop_factor: of what dropout keeps; 0: no dropout.
+template <class T>
+FA_DEVICE void to_dscores(uint32_t (&passed)[4], AccumTile<1, 2> dp, const BwdStatistic<2>& deltas,
+                          float drop_factor) {
   AFragments<1, 1> probs;
   FA_UNROLL
-  for (int i = 0; i < 8; ++i) part.x[0][i / 4][i % 4] = dp.x[0][2 * k + i / 4][i % 4];
-  FA_UNROLL
   for (int i = 0; i < 4; ++i) probs.x[0][0][i] = passed[i];
-  if (drop_factor != 0.f) drop_gradient(part, probs, drop_factor);
+  if (drop_factor != 0.f) drop_gradient(dp, probs, drop_factor);
   FA_UNROLL
   for (int i = 0; i < 4; ++i) {
-    const float2 delta = deltas.pair[2 * k + i / 2], prob = unpack<T>(probs.x[0][0][i]);
-    const float* x = &part.x[0][i / 2][i % 2 * 2];
+    const float2 delta = deltas.pair[i / 2], prob = unpack<T>(probs.x[0][0][i]);
+    const float* x = &dp.x[0][i / 2][i % 2 * 2];
     passed[i] = pack<T>(prob.x * (x[0] - delta.x), prob.y * (x[1] - delta.y));
   }
+}
+FA_DEVICE float drop_factor(const ScoreParams& score) {
+  return score.keep_threshold < 256 ? 256.f / score.keep_threshold : 0.f;
 }
 
 // Rows of a tile past the sequence become 0, as their weights are: 0 * NaN would be NaN. Without

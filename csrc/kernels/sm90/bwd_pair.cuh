@@ -44,9 +44,7 @@ struct BwdPairConsumer {
   uint32_t smem;
   int rank, lane, warp_row;
   int barrier;  // named barrier of the warpgroup
-  typename Layout::StreamPipeline q;
   typename Layout::DoutPipeline dout;
-  typename Layout::ScoresPipeline probs, scores;
 
   FA_DEVICE BwdPairConsumer(const BwdParams& params, const BwdLaunch& bwd_launch,
                             uint32_t smem_base, int cluster_rank, int named_barrier)
@@ -57,10 +55,18 @@ struct BwdPairConsumer {
         lane(threadIdx.x % kWarpSize),
         warp_row(threadIdx.x / kWarpSize % 4 * 16),
         barrier(named_barrier),
-        q(Layout::StreamPipeline::consumer(smem_base + Layout::kQBarriers)),
-        dout(Layout::DoutPipeline::consumer(smem_base + Layout::kDoutBarriers)),
-        probs(Layout::ScoresPipeline::consumer(smem_base + Layout::kProbsBarriers)),
-        scores(Layout::ScoresPipeline::consumer(smem_base + Layout::kScoresBarriers)) {}
+        dout(Layout::DoutPipeline::consumer(smem_base + Layout::kDoutBarriers)) {}
+
+  // The rings at step n.
+  FA_DEVICE typename Layout::StreamPipeline q_at(uint32_t n) const {
+    return Layout::StreamPipeline::consumer_at(smem + Layout::kQBarriers, n);
+  }
+  FA_DEVICE typename Layout::ScoresPipeline probs_at(uint32_t n) const {
+    return Layout::ScoresPipeline::consumer_at(smem + Layout::kProbsBarriers, n);
+  }
+  FA_DEVICE typename Layout::ScoresPipeline scores_at(uint32_t n) const {
+    return Layout::ScoresPipeline::consumer_at(smem + Layout::kScoresBarriers, n);
+  }
 
   FA_DEVICE int first_key(const BwdTile& tile) const {
     return tile.n_block * kBwdTileN + rank * Layout::kKeys + warp_row;
@@ -84,34 +90,19 @@ struct BwdPairConsumer {
     release_in_pair(dout, lane);
     dout.advance();
   }
-  FA_DEVICE void release_q() {
-    release_in_pair(q, lane);
-    q.advance();
-  }
-  template <int kN, class Rows>
-  FA_DEVICE void accumulate(AccumTile<1, kN>& acc, const Operand& operand, Rows rows) const {
+  template <int kN, class A, class Rows>
+  FA_DEVICE void accumulate(AccumTile<1, kN>& acc, const A& operand, Rows rows) const {
     ptx::wgmma_pin(acc.x[0]);
     ptx::wgmma_fence();
     warpgroup_gemm_ab<T>(acc, operand, rows);
     ptx::wgmma_commit_group();
   }
-  // Low or high columns of a tile of Q.
-  FA_DEVICE typename Layout::TileLow q_low(int stage) const {
-    return {Layout::smem_q(smem, stage).base};
+  // Where this thread's operand passes to its like in the other warpgroup, kPartBytes for 16
+  // queries: among the warp's rows of dS, or in the buffer of what passed.
+  static constexpr int kPartBytes = kWarpSize * 16;
+  FA_DEVICE uint32_t handover(uint32_t buffer) const {
+    return buffer + warp_row * Layout::TileScores::kSlabRowBytes + lane * 16;
   }
-  FA_DEVICE typename Layout::TileLow q_from_high(int stage) const {
-    return {Layout::smem_q(smem, stage).base +
-            Layout::kHigh / 64 * Layout::TileStream::kSlabBytes};
-  }
-  // Where this thread's operand of queries [16 k, 16 k + 16) passes to its like in the other
-  // warpgroup: among the warp's rows of dS, or in the buffer of what passed.
-  FA_DEVICE uint32_t handover(uint32_t buffer, int k) const {
-    return buffer + (warp_row * 8 + k * kWarpSize + lane) * 16;
-  }
-  FA_DEVICE uint32_t handover_probs(int stage, int k) const {
-    return handover(Layout::smem_scores(smem, stage).base, k);
-  }
-  FA_DEVICE uint32_t handover_passed(int k) const { return handover(smem + Layout::kPassed, k); }
 };
 
 // S and P; columns [0, kLow) of dV, [0, kHigh) of dK.
@@ -119,8 +110,7 @@ template <class T, int kHeadDim, bool kScoreMod>
 struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
   using Base = BwdPairConsumer<T, kHeadDim, kScoreMod>;
   using Layout = typename Base::Layout;
-  using Base::Base, Base::p, Base::launch, Base::smem, Base::lane, Base::q, Base::dout, Base::probs,
-      Base::scores, Base::kTileM;
+  using Base::Base, Base::p, Base::launch, Base::smem, Base::lane, Base::dout, Base::kTileM;
   using TileHighQ = SwizzledTile<kTileM, Layout::kHigh>;
 
   FA_DEVICE void run(const BwdTile& tile) {
@@ -133,51 +123,42 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
     typename Base::Scores acc_s;
     BwdStep step = BwdStep::first(p, tile);
     this->wait_for_kept(tile, Layout::smem_k(smem), Layout::kKBarriers);
-    wait_for_q(q, tile, step);
-    issue_scores(acc_s, q.stage);
+    wait_for_q(this->q_at(0), tile, step);
+    issue_scores(acc_s, 0);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_pin(acc_s.x[0]);
-    auto empty = Layout::ScoresPipeline::producer(smem + Layout::kScoresBarriers);
 #pragma unroll 1
-    for (int steps_left = tile.num_steps - 1; steps_left >= 0; --steps_left) {
+    for (int n = 0; n < tile.num_steps; ++n) {
       // S of this step is complete.
       typename Base::Operand operand;
-      wait_empty_in_pair(empty);
-      to_probs(acc_s, tile, step, operand);
+      wait_empty_in_pair(Layout::ScoresPipeline::producer_at(smem + Layout::kScoresBarriers, n));
+      to_probs(acc_s, tile, step, n, operand);
       __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(probs.full());
-      probs.advance();
-      empty.advance();
+      if (lane == 0) ptx::mbarrier_arrive(this->probs_at(n).full());
 
       const typename Layout::TileLow dout_low{Layout::smem_dout(smem, dout.stage)};
       this->wait_for_dout(dout, tile, step, dout_low);
       this->accumulate(acc_dv, operand, dout_low);
       // Behind the last step, S is that of some old tile, which nobody reads: products of a group
       // are not to be skipped by a branch.
-      auto next = q;
-      next.advance();
-      if (steps_left > 0) {
+      if (n + 1 < tile.num_steps) {
         step.advance(tile.blocks);
-        wait_for_q(next, tile, step);
+        wait_for_q(this->q_at(n + 1), tile, step);
       }
-      issue_scores(acc_s, next.stage);
+      issue_scores(acc_s, this->q_at(n + 1).stage);
       ptx::wgmma_wait_group<1>();  // dV is complete
       ptx::wgmma_pin(acc_dv.x[0]);
       this->release_dout();
-      scores.wait_full();
-      ptx::wgmma_pin(acc_dk.x[0]);
-      ptx::wgmma_fence();
-      warpgroup_gemm_ab<T>(acc_dk, Layout::smem_scores(smem, scores.stage),
-                           TileHighQ{this->q_low(q.stage).base});
-      ptx::wgmma_commit_group();
+      this->scores_at(n).wait_full();
+      this->accumulate(acc_dk, Layout::smem_scores(smem, this->scores_at(n).stage),
+                       TileHighQ{Layout::smem_q(smem, this->q_at(n).stage).base});
       dout.wait_full();  // the high part, not for this warpgroup
       this->release_dout();
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_pin(acc_s.x[0]);
       ptx::wgmma_pin(acc_dk.x[0]);
-      release_by_warp(scores, lane);
-      scores.advance();
-      this->release_q();
+      release_by_warp(this->scores_at(n), lane);
+      release_in_pair(this->q_at(n), lane);
     }
     store_gradient<T>(acc_dv, tile, this->first_key(tile), {p.dv, p.dv_strides, p.head_dim_v}, 0,
                       kScoreMod ? 256.f / p.score.keep_threshold : 1.f, lane);
@@ -198,34 +179,43 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
   }
 
   // Scores become P, here and in the other warpgroup's hands.
-  FA_DEVICE void to_probs(typename Base::Scores& acc, const BwdTile& tile, BwdStep step,
+  FA_DEVICE void to_probs(typename Base::Scores& acc, const BwdTile& tile, BwdStep step, int n,
                           typename Base::Operand& operand) const {
-    const BwdStatistic minus_lse = load_statistic(Layout::statistics(smem, q.stage), lane);
+    const uint32_t statistics = Layout::statistics(smem, this->q_at(n).stage);
+    const uint32_t handover =
+        this->handover(Layout::smem_scores(smem, this->probs_at(n).stage).base);
     const TransposedOrigin origin{this->first_key(tile), step.m_block * kTileM};
     const bool border =
         step.m_block < tile.blocks.full_begin || step.m_block >= tile.blocks.full_end;
+    TransposedScoreMod mod;
     if constexpr (kScoreMod) {
-      const TransposedScoreMod mod{
-          ScoreMod::of(p.score, tile.mask, tile.batch, step.head, p.num_heads_q)};
+      mod.mod = ScoreMod::of(p.score, tile.mask, tile.batch, step.head, p.num_heads_q);
       mod.score(acc, origin, lane);
-      if (border) apply_mask(acc, tile.mask, origin, lane);
-      FA_UNROLL
-      for (int k = 0; k < kTileM / 16; ++k) {
-        uint32_t passed[4];
-        modify_weights<T>(acc, mod, origin, k, minus_lse, lane, operand.x[0][k], passed);
-        ptx::st_shared_v4(this->handover_passed(k),
-                          uint4{passed[0], passed[1], passed[2], passed[3]});
-      }
-    } else {
-      if (border) apply_mask(acc, tile.mask, origin, lane);
-      to_weights(acc, launch.scale_log2, minus_lse, 0);
-      operand = as_a_operand<T>(acc);
     }
+    if (border) apply_mask(acc, tile.mask, origin, lane);
     FA_UNROLL
     for (int k = 0; k < kTileM / 16; ++k) {
-      const uint32_t(&x)[4] = operand.x[0][k];
-      ptx::st_shared_v4(this->handover_probs(probs.stage, k), uint4{x[0], x[1], x[2], x[3]});
+      const BwdStatistic<2> minus_lse =
+          load_statistic<2>(statistics + k * 16 * sizeof(float), lane);
+      AccumTile<1, 2> part = score_part(acc, k);
+      uint32_t(&probs)[4] = operand.x[0][k];
+      if constexpr (kScoreMod) {
+        uint32_t passed[4];
+        modify_weights<T>(part, mod, {origin.first_key, origin.first_query + 16 * k}, minus_lse,
+                          lane, probs, passed);
+        store_operand(this->handover(smem + Layout::kPassed) + k * kPartBytes, passed);
+      } else {
+        to_weights(part, launch.scale_log2, minus_lse);
+        const AFragments<1, 1> rounded = as_a_operand<T>(part);
+        FA_UNROLL
+        for (int i = 0; i < 4; ++i) probs[i] = rounded.x[0][0][i];
+      }
+      store_operand(handover + k * kPartBytes, probs);
     }
+  }
+  static constexpr int kPartBytes = Base::kPartBytes;
+  FA_DEVICE void store_operand(uint32_t to, const uint32_t (&x)[4]) const {
+    ptx::st_shared_v4(to, uint4{x[0], x[1], x[2], x[3]});
   }
 };
 
@@ -234,8 +224,10 @@ template <class T, int kHeadDim, bool kScoreMod>
 struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
   using Base = BwdPairConsumer<T, kHeadDim, kScoreMod>;
   using Layout = typename Base::Layout;
-  using Base::Base, Base::p, Base::launch, Base::smem, Base::lane, Base::q, Base::dout, Base::probs,
-      Base::scores, Base::kTileM;
+  using Base::Base, Base::p, Base::launch, Base::smem, Base::lane, Base::dout, Base::kTileM;
+
+  using TileLowQ = typename Layout::TileLow;
+  static constexpr int kFirstQ = Layout::kHigh / 64 * Layout::TileStream::kSlabBytes;
 
   FA_DEVICE void run(const BwdTile& tile) {
     typename Base::High acc_dv;
@@ -252,32 +244,30 @@ struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_pin(acc_dp.x[0]);
 #pragma unroll 1
-    for (int steps_left = tile.num_steps - 1; steps_left >= 0; --steps_left) {
+    for (int n = 0; n < tile.num_steps; ++n) {
       // dP of this step is complete.
       this->release_dout();  // the low part
-      q.wait_full();
-      const BwdStatistic deltas =
-          load_statistic(Layout::statistics(smem, q.stage) + Layout::kStatisticBytes, lane);
-      typename Base::Operand operand, dscores;
-      probs.wait_full();
-      FA_UNROLL
-      for (int k = 0; k < kTileM / 16; ++k)
-        load_operand(operand.x[0][k], this->handover_probs(probs.stage, k));
+      this->q_at(n).wait_full();
+      this->probs_at(n).wait_full();
+      const typename Base::Operand operand = load_probs(n);
       this->accumulate(acc_dv, operand,
                        typename Layout::TileHigh{Layout::smem_dout(smem, dout.stage)});
-      to_dscores_of_tile(dscores, operand, acc_dp, deltas);
-      store_dscores(dscores);
-      this->accumulate(acc_dk, dscores, this->q_from_high(q.stage));
+      to_dscores_of_step(operand, acc_dp, n);
+      this->scores_at(n).wait_full();  // all warps of the warpgroup have stored
+      this->accumulate(acc_dk, Layout::smem_scores(smem, this->scores_at(n).stage),
+                       TileLowQ{Layout::smem_q(smem, this->q_at(n).stage).base + kFirstQ});
       ptx::wgmma_wait_group<1>();  // dV is complete
       ptx::wgmma_pin(acc_dv.x[0]);
       this->release_dout();  // the high part
       // Behind the last step, dP is of some old tile, which nobody reads.
-      if (steps_left > 0) step.advance(tile.blocks);
-      issue_dp_low(acc_dp, tile, step, steps_left > 0);
+      const bool is_new = n + 1 < tile.num_steps;
+      if (is_new) step.advance(tile.blocks);
+      issue_dp_low(acc_dp, tile, step, is_new);
       ptx::wgmma_wait_group<1>();  // dK is complete
       ptx::wgmma_pin(acc_dk.x[0]);
-      this->release_q();
-      issue_dp_high(acc_dp, tile, step, steps_left > 0);
+      release_by_warp(this->scores_at(n), lane);
+      release_in_pair(this->q_at(n), lane);
+      issue_dp_high(acc_dp, tile, step, is_new);
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_pin(acc_dp.x[0]);
     }
@@ -310,40 +300,44 @@ struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
     ptx::wgmma_commit_group();
   }
 
+  FA_DEVICE typename Base::Operand load_probs(int n) const {
+    const uint32_t from = this->handover(Layout::smem_scores(smem, this->probs_at(n).stage).base);
+    typename Base::Operand operand;
+    FA_UNROLL
+    for (int k = 0; k < kTileM / 16; ++k)
+      load_operand(operand.x[0][k], from + k * Base::kPartBytes);
+    return operand;
+  }
   FA_DEVICE void load_operand(uint32_t (&operand)[4], uint32_t from) const {
     const uint4 x = ptx::ld_shared_v4(from);
     operand[0] = x.x, operand[1] = x.y, operand[2] = x.z, operand[3] = x.w;
   }
-  FA_DEVICE void to_dscores_of_tile(typename Base::Operand& dscores,
-                                    const typename Base::Operand& operand,
-                                    const typename Base::Scores& acc_dp,
-                                    const BwdStatistic& deltas) const {
-    const float drop_factor =
-        kScoreMod && p.score.keep_threshold < 256 ? 256.f / p.score.keep_threshold : 0.f;
+
+  // dS takes the place of P in shared memory: this warp has read its rows.
+  FA_DEVICE void to_dscores_of_step(const typename Base::Operand& operand,
+                                    const typename Base::Scores& acc_dp, int n) const {
+    const uint32_t deltas =
+        Layout::statistics(smem, this->q_at(n).stage) + Layout::kStatisticBytes;
+    const uint32_t to = Layout::smem_scores(smem, this->scores_at(n).stage)
+                            .chunk_address(this->warp_row + lane % 16, lane / 16);
+    __syncwarp();
     FA_UNROLL
     for (int k = 0; k < kTileM / 16; ++k) {
-      uint32_t(&x)[4] = dscores.x[0][k];
+      uint32_t x[4];
       if constexpr (kScoreMod) {
-        load_operand(x, this->handover_passed(k));
+        load_operand(x, this->handover(smem + Layout::kPassed) + k * Base::kPartBytes);
       } else {
         FA_UNROLL
         for (int i = 0; i < 4; ++i) x[i] = operand.x[0][k][i];
       }
-      to_dscores<T>(x, acc_dp, deltas, k, drop_factor);
+      to_dscores<T>(x, score_part(acc_dp, k),
+                    load_statistic<2>(deltas + k * 16 * sizeof(float), lane),
+                    kScoreMod ? drop_factor(p.score) : 0.f);
+      ptx::stmatrix_x4(to ^ (k * 32), x);
     }
-  }
-  // In the place of P, which this warp has read.
-  FA_DEVICE void store_dscores(const typename Base::Operand& dscores) {
-    __syncwarp();
-    const uint32_t at = Layout::smem_scores(smem, probs.stage)
-                            .chunk_address(this->warp_row + lane % 16, lane / 16);
-    FA_UNROLL
-    for (int i = 0; i < kTileM / 16; ++i) ptx::stmatrix_x4(at ^ (i * 32), dscores.x[0][i]);
     ptx::fence_proxy_async();
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(scores.full());
-    scores.advance();
-    probs.advance();
+    if (lane == 0) ptx::mbarrier_arrive(this->scores_at(n).full());
   }
 };
 
@@ -365,12 +359,10 @@ __global__ void __cluster_dims__(2, 1, 1)
   ptx::cluster_sync();  // the barriers of both CTAs are initialised
   const int warpgroup = ptx::warpgroup_index(), rank = ptx::cluster_rank();
   const int lane = threadIdx.x % kWarpSize;
-  const BwdTile tile = bwd_tile(p, launch, blockIdx.x / Layout::kCtas);
-  if (tile.num_steps == 0) {
-    clear_gradients<T, Layout::kCtas * Layout::kThreads>(p, launch, tile,
-                                                         rank * Layout::kThreads + threadIdx.x);
-  } else if (warpgroup == 0) {
+  const int index = blockIdx.x / Layout::kCtas;
+  if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Layout::kRegisters.producer>();
+    const BwdTile tile = bwd_tile(p, launch, index);
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
     if (threadIdx.x == 0) BwdPairProducer<Layout>(p, launch, smem_base, rank).run(tile);
     if (warp == 1) {
@@ -381,13 +373,20 @@ __global__ void __cluster_dims__(2, 1, 1)
     __syncwarp();
   } else if (warpgroup == 1) {
     ptx::setmaxnreg_dec<Layout::kRegisters.dq>();
-    BwdPairDq<T, Layout>(p, smem_base, rank).run(tile);
-  } else if (warpgroup == 2) {
-    ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
-    BwdPairProbs<T, kHeadDim, kScoreMod>(p, launch, smem_base, rank, 1).run(tile);
+    const BwdTile tile = bwd_tile(p, launch, index);
+    if (tile.num_steps > 0) BwdPairDq<T, Layout>(p, smem_base, rank).run(tile);
   } else {
     ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
-    BwdPairDscores<T, kHeadDim, kScoreMod>(p, launch, smem_base, rank, 2).run(tile);
+    const BwdTile tile = bwd_tile(p, launch, index);
+    if (tile.num_steps == 0) {
+      constexpr int kThreads = 2 * Layout::kCtas * kWarpgroupSize;
+      const int thread = threadIdx.x - 2 * kWarpgroupSize + rank * 2 * kWarpgroupSize;
+      clear_gradients<T, kThreads>(p, launch, tile, thread);
+    } else if (warpgroup == 2) {
+      BwdPairProbs<T, kHeadDim, kScoreMod>(p, launch, smem_base, rank, 1).run(tile);
+    } else {
+      BwdPairDscores<T, kHeadDim, kScoreMod>(p, launch, smem_base, rank, 2).run(tile);
+    }
   }
   ptx::cluster_sync();  // nobody arrives at this CTA's barriers or writes its memory any more
 }

@@ -14,6 +14,7 @@ struct BwdPairDq {
   using Kept = typename Layout::KeptPipeline;
   static constexpr int kBarrier = 3;  // named barrier
   static constexpr int kHeadDim = Layout::TileKept::kCols;
+  using Accum = AccumTile<1, 8>;
 
   const BwdParams& p;
   uint32_t smem;
@@ -39,10 +40,16 @@ struct BwdPairDq {
     BwdStep step = BwdStep::first(p, tile);
 #pragma unroll 1
     for (int n = 0; n < tile.num_steps; ++n) {
-      if (Layout::kSlabs == 4 || Layout::num_dq_slabs(rank, n) == 2) {
-        add<2>(tile, step, Layout::first_shared_slab(rank));
-      } else {
-        add<1>(tile, step, rank == 0 ? 0 : Layout::kSlabs - 1);
+      const int num_slabs = Layout::num_dq_slabs(rank, n);
+      const int end = rank == 0 ? num_slabs : Layout::kSlabs;
+      scores.wait_full();
+      ptx::mbarrier_wait_cluster(peer_scores.full(), peer_scores.parity);
+#pragma unroll 1
+      for (int slab = end - num_slabs; slab < end; ++slab) {
+        Accum acc;
+        multiply(acc, slab);
+        if (slab == end - 1) release_in_pair(scores, lane);
+        add(acc, tile, step, slab, slab == end - num_slabs, slab == end - 1);
       }
       scores.advance();
       peer_scores.advance();
@@ -50,39 +57,33 @@ struct BwdPairDq {
     }
   }
 
-  template <int kNumSlabs>
-  FA_DEVICE void add(const BwdTile& tile, BwdStep step, int first_slab) {
-    AccumTile<1, 8 * kNumSlabs> acc;
-    const int shared_slab = first_slab - Layout::first_shared_slab(rank);
-    scores.wait_full();
+  // dS K of all keys, 64 columns.
+  FA_DEVICE void multiply(Accum& acc, int slab) const {
+    using Columns = SwizzledTile<Layout::kKeys, 64>;
+    const Columns own{smem + Layout::kK + slab * Columns::kBytes};
+    const Columns others{smem + Layout::kShared +
+                         (slab - Layout::first_shared_slab(rank)) * Columns::kBytes};
     ptx::wgmma_pin(acc.x[0]);
     ptx::wgmma_fence();
-    multiply(acc, Layout::smem_scores(smem, scores.stage), smem + Layout::kK, first_slab, false);
-    ptx::mbarrier_wait_cluster(peer_scores.full(), peer_scores.parity);
-    ptx::wgmma_fence();
-    multiply(acc, Layout::smem_peer_scores(smem, peer_scores.stage), smem + Layout::kShared,
-             shared_slab, true);
+    warpgroup_gemm_atb<T>(acc, Layout::smem_scores(smem, scores.stage), own, false);
+    warpgroup_gemm_atb<T>(acc, Layout::smem_peer_scores(smem, peer_scores.stage), others, true);
     ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_pin(acc.x[0]);
-    release_in_pair(scores, lane);
+  }
 
+  // First and last: of this CTA's slabs of the step.
+  FA_DEVICE void add(const Accum& acc, const BwdTile& tile, BwdStep step, int slab, bool first,
+                     bool last) const {
     const int64_t index =
         bwd_dq_tile_index(p, kBwdTileM, tile.batch, tile.q_seq.first_row, step.m_block, step.head);
     float* sums = p.dq_accum + index * (kBwdTileM * kHeadDim) +
-                  (first_slab * 8 * kWarpgroupSize + thread) * 4;
-    if (p.dq_semaphore != nullptr) wait_for_turn(tile, step, index);
+                  (slab * 8 * kWarpgroupSize + thread) * 4;
+    if (p.dq_semaphore != nullptr && first) wait_for_turn(tile, step, index);
     FA_UNROLL
-    for (int n = 0; n < 8 * kNumSlabs; ++n)
+    for (int n = 0; n < 8; ++n)
       ptx::red_global_add_v4_f32(sums + n * (4 * kWarpgroupSize), acc.x[0][n]);
-    if (p.dq_semaphore != nullptr) end_turn(index);
-  }
-
-  template <int kN>
-  FA_DEVICE void multiply(AccumTile<1, kN>& acc, typename Layout::TileScores dscores, uint32_t keys,
-                          int slab, bool accumulate) const {
-    const SwizzledTile<Layout::kKeys, 8 * kN> columns{keys + slab * Layout::TileKept::kSlabBytes};
-    warpgroup_gemm_atb<T>(acc, dscores, columns, accumulate);
+    if (p.dq_semaphore != nullptr && last) end_turn(index);
   }
 
   // Deterministic: tiles of keys add to a tile of queries in ascending order; the counter says how

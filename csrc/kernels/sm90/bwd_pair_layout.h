@@ -92,8 +92,8 @@ struct BwdPairLayout {
     StreamPipeline::init(smem + kQBarriers, kCtas * 8, 2);  // filled with Q and statistics
     DoutPipeline::init(smem + kDoutBarriers, kCtas * 8);
     ScoresPipeline::init(smem + kProbsBarriers, 1, 4);
-    // dS: released by the warpgroup of dK's low columns and by both CTAs' dQ.
-    ScoresPipeline::init(smem + kScoresBarriers, 4 + kCtas * 4, 4);
+    // dS: released by the consumers and by both CTAs' dQ.
+    ScoresPipeline::init(smem + kScoresBarriers, 8 + kCtas * 4, 4);
     ScoresPipeline::init(smem + kPeerBarriers, 1);
     ptx::fence_mbarrier_init();
   }

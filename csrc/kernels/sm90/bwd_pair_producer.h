@@ -31,6 +31,7 @@ struct BwdPairProducer {
   // In the order in which buffers become free: the high part of dO(j) takes the place of the low
   // part of dO(j - 1).
   FA_DEVICE void run(const BwdTile& tile) {
+    if (tile.num_steps == 0) return;
     BwdStep step = BwdStep::first(p, tile);
     load_q(tile, step);
     load_kept(tile, rank, 0, &launch.k, Layout::smem_k(smem), Layout::kKBarriers);
