@@ -30,6 +30,11 @@ FA_DEVICE uint32_t cluster_address(uint32_t smem, int rank) {
   return address;
 }
 
+// Stores 4 bytes at a cluster address.
+FA_DEVICE void st_cluster_s32(uint32_t address, int x) {
+  asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
 // mbarrier_arrive() and mbarrier_arrive_expect_tx() on any CTA's barrier, a cluster address.
 FA_DEVICE void mbarrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)

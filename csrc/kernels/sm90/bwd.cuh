@@ -50,8 +50,7 @@ struct BwdConsumer {
   uint32_t smem;
   int consumer, lane;
   int warp_row;  // first key of this warp in the consumer's 64
-  typename Layout::KeptPipeline k, v;
-  typename Layout::StreamPipeline q, dout;
+  typename Layout::StreamPipeline q;
   typename Layout::ScoresPipeline scores;
 
   FA_DEVICE BwdConsumer(const BwdParams& params, const BwdLaunch& bwd_launch, uint32_t smem_base,
@@ -62,41 +61,33 @@ struct BwdConsumer {
         consumer(consumer_index),
         lane(threadIdx.x % kWarpSize),
         warp_row(threadIdx.x / kWarpSize % 4 * 16),
-        k(Layout::KeptPipeline::consumer(smem_base + Layout::kKBarriers)),
-        v(Layout::KeptPipeline::consumer(smem_base + Layout::kVBarriers)),
         q(Layout::StreamPipeline::consumer(smem_base + Layout::kQBarriers)),
-        dout(Layout::StreamPipeline::consumer(smem_base + Layout::kDoutBarriers)),
         scores(
             Layout::ScoresPipeline::producer(Layout::scores_barriers(smem_base, consumer_index))) {}
 
-  FA_DEVICE void run() {
-    if (Layout::kTakesTurns && consumer == 1) pass_turn_to(0);
-#pragma unroll 1
-    for (int i = blockIdx.x; i < launch.num_tiles; i += gridDim.x) {
-      const BwdTile tile = bwd_tile(p, launch, i);
-      if (tile.num_steps == 0) {
-        clear_gradients<T, Layout::kConsumers * kWarpgroupSize>(
-            p, launch, tile, consumer * kWarpgroupSize + threadIdx.x % kWarpgroupSize);
-      } else {
-        compute(tile);
-      }
+  FA_DEVICE void run(const BwdTile& tile) {
+    if (tile.num_steps == 0) {
+      clear_gradients<T, Layout::kConsumers * kWarpgroupSize>(
+          p, launch, tile, consumer * kWarpgroupSize + threadIdx.x % kWarpgroupSize);
+    } else {
+      if (Layout::kTakesTurns && consumer == 1) pass_turn_to(0);
+      compute(tile);
     }
   }
 
-  // Everything about one tile of keys.
   FA_DEVICE void compute(const BwdTile& tile) {
     Gradient acc_dk, acc_dv;
     acc_dk.clear();
     acc_dv.clear();
     Scores acc_s;
-    BwdStep step = BwdStep::first(p, tile);
-    k.wait_full();
+    BwdStep step = BwdStep::first(p, launch, tile);
+    Layout::KeptPipeline::consumer(smem + Layout::kKBarriers).wait_full();
     clear_kept_behind(tile, smem_k());
     const Kept kept_k = load_kept(smem_k());
     wait_for_q(q, tile, step);
     issue_scores(acc_s, kept_k, smem_k(), Layout::smem_q(smem, q.stage));
     Statistic minus_lse = load_statistic<kTileM / 8>(Layout::statistics(smem, q.stage), lane);
-    v.wait_full();
+    Layout::KeptPipeline::consumer(smem + Layout::kVBarriers).wait_full();
     clear_kept_behind(tile, smem_v());
     const Kept kept_v = load_kept(smem_v());
     ptx::wgmma_wait_group<0>();
@@ -111,13 +102,12 @@ struct BwdConsumer {
       to_probs(acc_s, tile, step, minus_lse, probs, passed);
       if (Layout::kTakesTurns) pass_turn_to(consumer ^ 1);
       if (!Layout::kHasRoom) issue_dp(acc_dp, kept_v, tile, step);
-      accumulate(acc_dv, probs, Layout::smem_dout(smem, dout.stage));
+      accumulate(acc_dv, probs, Layout::smem_dout(smem, q.stage));
       const Statistic deltas =
           load_statistic<kTileM / 8>(Layout::statistics(smem, q.stage) + Layout::kStatisticBytes, lane);
       ptx::wgmma_wait_group<Layout::kHasRoom ? 1 : 0>();  // dP is complete
       ptx::wgmma_pin(acc_dp.x[0]);
       if (!Layout::kHasRoom) release_dout(acc_dv);
-      if (steps_left == 0) release_by_warp(v, lane);
       Operand dscores = kScoreMod ? passed : probs;
       FA_UNROLL
       for (int k = 0; k < kTileM / 16; ++k)
@@ -147,9 +137,6 @@ struct BwdConsumer {
       release_by_warp(q, lane);
       q = next;
     }
-    release_by_warp(k, lane);
-    k.advance();
-    v.advance();
     store_gradient<T>(acc_dv, tile, first_key(tile), {p.dv, p.dv_strides, p.head_dim_v}, 0,
                       kScoreMod ? 256.f / p.score.keep_threshold : 1.f, lane);
     store_gradient<T>(acc_dk, tile, first_key(tile), {p.dk, p.dk_strides, p.head_dim}, 0,
@@ -159,20 +146,23 @@ struct BwdConsumer {
   FA_DEVICE typename Layout::TileKept smem_k() const { return Layout::smem_k(smem, consumer); }
   FA_DEVICE typename Layout::TileKept smem_v() const { return Layout::smem_v(smem, consumer); }
 
+  // dO of a step lies in the stage that Q does.
+  FA_DEVICE typename Layout::StreamPipeline dout() const {
+    return {smem + Layout::kDoutBarriers, q.stage, q.parity};
+  }
   FA_DEVICE void wait_for_q(const typename Layout::StreamPipeline& queries, const BwdTile& tile,
                             BwdStep step) const {
     queries.wait_full();
     clear_stream_behind(tile, step, Layout::smem_q(smem, queries.stage));
   }
   FA_DEVICE void issue_dp(Scores& acc, const Kept& kept, const BwdTile& tile, BwdStep step) const {
-    dout.wait_full();
-    clear_stream_behind(tile, step, Layout::smem_dout(smem, dout.stage));
-    issue_scores(acc, kept, smem_v(), Layout::smem_dout(smem, dout.stage));
+    dout().wait_full();
+    clear_stream_behind(tile, step, Layout::smem_dout(smem, q.stage));
+    issue_scores(acc, kept, smem_v(), Layout::smem_dout(smem, q.stage));
   }
   FA_DEVICE void release_dout(Gradient& acc_dv) {
     ptx::wgmma_pin(acc_dv.x[0]);
-    release_by_warp(dout, lane);
-    dout.advance();
+    release_by_warp(dout(), lane);
   }
   // Exponentials of one consumer at a time.
   FA_DEVICE void wait_for_turn() const {
@@ -285,14 +275,17 @@ __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Layout::kRegisters.producer>();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
-    if (threadIdx.x == 0) BwdProducer<T, kHeadDim, kScoreMod>(p, launch, smem_base).run();
-    if (warp == 1) BwdStatistics<Layout>{p, launch, smem_base, lane}.run();
+    const BwdTile tile = bwd_tile(p, launch, blockIdx.x);
+    if (threadIdx.x == 0) BwdProducer<Layout>(p, launch, smem_base).run(tile);
+    if (warp == 1) BwdStatistics<Layout>{p, launch, smem_base, lane}.run(tile);
+    if (warp == 2) BwdDqAdder<Layout>{p, launch, smem_base, lane}.run(tile);
   } else if (warpgroup == 1) {
     ptx::setmaxnreg_dec<Layout::kRegisters.dq>();
-    BwdDq<T, kHeadDim, kScoreMod>(p, launch, smem_base).run();
+    BwdDq<T, Layout>(smem_base).run(bwd_tile(p, launch, blockIdx.x).num_steps);
   } else {
     ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
-    BwdConsumer<T, kHeadDim, kScoreMod>(p, launch, smem_base, warpgroup - 2).run();
+    BwdConsumer<T, kHeadDim, kScoreMod>(p, launch, smem_base, warpgroup - 2)
+        .run(bwd_tile(p, launch, blockIdx.x));
   }
 }
 
@@ -333,9 +326,28 @@ int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream
   launch.scale_log2 = p.score.softmax_scale * kLog2e;
   const int64_t stream_bytes = int64_t{launch.heads_per_kv} * p.seqlens_q.max_seqlen *
                                (2 * (p.head_dim + p.head_dim_v) + 4 * kHeadDim);
-  launch.order = TileOrder::of(grid, false, l2_group_size(stream_bytes, 1, kBwdL2GroupBytes));
-  constexpr bool kPair = bwd_tile_config(Arch::kSm90, kHeadDim, MaskKind::kFull).num_ctas == 2;
-  cudaError_t error = encode_bwd_tensor_maps(p, kPair ? kBwdTileM / 2 : kBwdTileM, launch);
+  const bool deterministic = p.dq_semaphore != nullptr;
+  // n_block 0 first, as under a causal mask most queries see it; deterministic: BwdStep.
+  launch.order =
+      TileOrder::of(grid, deterministic,
+                    deterministic ? 1 : l2_group_size(stream_bytes, 1, kBwdL2GroupBytes));
+  constexpr BwdTileConfig kTile = bwd_tile_config(Arch::kSm90, kHeadDim, MaskKind::kFull);
+  constexpr bool kPair = kTile.num_ctas == 2;
+  int num_sms = 0;
+  cudaError_t error = num_multiprocessors(num_sms);
+  if (error != cudaSuccess) return error;
+  // With a margin of two: others may have some of the SMs.
+  launch.heads_fit = 2 * kTile.num_ctas * grid.num_m_blocks <= num_sms;
+  // Clusters do not begin in the order of blockIdx, so a counter behind those of dQ deals out tiles.
+  const int64_t rows = bwd_dq_accum_rows(p.seqlens_q.cu_seqlens != nullptr, p.batch_size,
+                                         p.seqlens_q.max_seqlen, p.total_q, kBwdTileM);
+  launch.next_tile = deterministic && kPair
+                         ? p.dq_semaphore + bwd_dq_semaphores(rows, p.num_heads_q, kBwdTileM) - 1
+                         : nullptr;
+#ifdef NOTICKET
+  launch.next_tile = nullptr;
+#endif
+  error = encode_bwd_tensor_maps(p, kPair ? kBwdTileM / 2 : kBwdTileM, launch);
   if (error != cudaSuccess) return error;
   if constexpr (kPair) {
     return launch_bwd_pair_kernel<T, kHeadDim, kScoreMod>(p, launch, stream);
@@ -344,8 +356,6 @@ int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream
     constexpr auto kKernel = bwd_kernel<T, kHeadDim, kScoreMod>;
     error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
     if (error != cudaSuccess) return error;
-    // A CTA for each tile: dealt out to one CTA an SM, they were 10 % slower at 512 and equal
-    // beyond.
     kKernel<<<launch.num_tiles, Layout::kThreads, Layout::kSmemBytes, stream>>>(p, launch);
     return cudaGetLastError();
   }

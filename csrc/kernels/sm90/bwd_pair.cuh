@@ -121,7 +121,7 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
     ptx::wgmma_pin(acc_dv.x[0]);
     ptx::wgmma_pin(acc_dk.x[0]);
     typename Base::Scores acc_s;
-    BwdStep step = BwdStep::first(p, tile);
+    BwdStep step = BwdStep::first(p, launch, tile);
     this->wait_for_kept(tile, Layout::smem_k(smem), Layout::kKBarriers);
     wait_for_q(this->q_at(0), tile, step);
     issue_scores(acc_s, 0);
@@ -237,7 +237,7 @@ struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
     ptx::wgmma_pin(acc_dv.x[0]);
     ptx::wgmma_pin(acc_dk.x[0]);
     typename Base::Scores acc_dp;
-    BwdStep step = BwdStep::first(p, tile);
+    BwdStep step = BwdStep::first(p, launch, tile);
     this->wait_for_kept(tile, Layout::smem_v(smem), Layout::kVBarriers);
     issue_dp_low(acc_dp, tile, step, true);
     issue_dp_high(acc_dp, tile, step, true);
@@ -356,25 +356,28 @@ __global__ void __cluster_dims__(2, 1, 1)
     ptx::prefetch_tensormap(&launch.dout);
     Layout::init_barriers(smem_base);
   }
+  __shared__ int tile_index;
+  if (launch.next_tile != nullptr && threadIdx.x == 0 && ptx::cluster_rank() == 0) {
+    const int next = atomicAdd(launch.next_tile, 1);
+    for (int i = 0; i < Layout::kCtas; ++i)
+      ptx::st_cluster_s32(ptx::cluster_address(ptx::cvta_to_shared(&tile_index), i), next);
+  }
   ptx::cluster_sync();  // the barriers of both CTAs are initialised
   const int warpgroup = ptx::warpgroup_index(), rank = ptx::cluster_rank();
   const int lane = threadIdx.x % kWarpSize;
-  const int index = blockIdx.x / Layout::kCtas;
+  const int index = launch.next_tile != nullptr ? tile_index : blockIdx.x / Layout::kCtas;
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Layout::kRegisters.producer>();
     const BwdTile tile = bwd_tile(p, launch, index);
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
     if (threadIdx.x == 0) BwdPairProducer<Layout>(p, launch, smem_base, rank).run(tile);
-    if (warp == 1) {
-      auto q = Layout::StreamPipeline::producer(smem_base + Layout::kQBarriers);
-      BwdStatistics<Layout>{p, launch, smem_base, lane}.bring(tile, q);
-    }
+    if (warp == 1) BwdStatistics<Layout>{p, launch, smem_base, lane}.run(tile);
     if (threadIdx.x == 2 * kWarpSize) send_dscores<Layout>(tile, smem_base, 1 - rank);
     __syncwarp();
   } else if (warpgroup == 1) {
     ptx::setmaxnreg_dec<Layout::kRegisters.dq>();
     const BwdTile tile = bwd_tile(p, launch, index);
-    if (tile.num_steps > 0) BwdPairDq<T, Layout>(p, smem_base, rank).run(tile);
+    if (tile.num_steps > 0) BwdPairDq<T, Layout>(p, launch, smem_base, rank).run(tile);
   } else {
     ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
     const BwdTile tile = bwd_tile(p, launch, index);

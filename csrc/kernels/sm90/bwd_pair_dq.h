@@ -17,12 +17,16 @@ struct BwdPairDq {
   using Accum = AccumTile<1, 8>;
 
   const BwdParams& p;
+  const BwdLaunch& launch;
   uint32_t smem;
   int rank, thread, lane;
   Scores scores, peer_scores;
+  int64_t turn = -1;  // deterministic: tile of queries whose additions are not announced
 
-  FA_DEVICE BwdPairDq(const BwdParams& params, uint32_t smem_base, int cluster_rank)
+  FA_DEVICE BwdPairDq(const BwdParams& params, const BwdLaunch& bwd_launch, uint32_t smem_base,
+                      int cluster_rank)
       : p(params),
+        launch(bwd_launch),
         smem(smem_base),
         rank(cluster_rank),
         thread(threadIdx.x % kWarpgroupSize),
@@ -37,9 +41,11 @@ struct BwdPairDq {
     clear_rows_behind(shared,
                       tile.k_seq.seqlen - tile.n_block * kBwdTileN - (1 - rank) * Layout::kKeys,
                       p.seqlens_k, kBarrier);
-    BwdStep step = BwdStep::first(p, tile);
+    BwdStep step = BwdStep::first(p, launch, tile);
 #pragma unroll 1
     for (int n = 0; n < tile.num_steps; ++n) {
+      const int64_t index = bwd_dq_tile_index(p, kBwdTileM, tile.batch, tile.q_seq.first_row,
+                                              step.m_block, step.head);
       const int num_slabs = Layout::num_dq_slabs(rank, n);
       const int end = rank == 0 ? num_slabs : Layout::kSlabs;
       scores.wait_full();
@@ -47,18 +53,25 @@ struct BwdPairDq {
 #pragma unroll 1
       for (int slab = end - num_slabs; slab < end; ++slab) {
         Accum acc;
-        multiply(acc, slab);
+        issue(acc, slab);
+        // While it runs: the last additions have arrived by now.
+        end_turn();
+        ptx::wgmma_wait_group<0>();
+        ptx::wgmma_pin(acc.x[0]);
         if (slab == end - 1) release_in_pair(scores, lane);
-        add(acc, tile, step, slab, slab == end - num_slabs, slab == end - 1);
+        if (slab == end - num_slabs) wait_for_turn(tile, step, index);
+        add(acc, index, slab);
       }
+      if (p.dq_semaphore != nullptr) turn = index;
       scores.advance();
       peer_scores.advance();
       step.advance(tile.blocks);
     }
+    end_turn();
   }
 
   // dS K of all keys, 64 columns.
-  FA_DEVICE void multiply(Accum& acc, int slab) const {
+  FA_DEVICE void issue(Accum& acc, int slab) const {
     using Columns = SwizzledTile<Layout::kKeys, 64>;
     const Columns own{smem + Layout::kK + slab * Columns::kBytes};
     const Columns others{smem + Layout::kShared +
@@ -68,40 +81,32 @@ struct BwdPairDq {
     warpgroup_gemm_atb<T>(acc, Layout::smem_scores(smem, scores.stage), own, false);
     warpgroup_gemm_atb<T>(acc, Layout::smem_peer_scores(smem, peer_scores.stage), others, true);
     ptx::wgmma_commit_group();
-    ptx::wgmma_wait_group<0>();
-    ptx::wgmma_pin(acc.x[0]);
   }
 
-  // First and last: of this CTA's slabs of the step.
-  FA_DEVICE void add(const Accum& acc, const BwdTile& tile, BwdStep step, int slab, bool first,
-                     bool last) const {
-    const int64_t index =
-        bwd_dq_tile_index(p, kBwdTileM, tile.batch, tile.q_seq.first_row, step.m_block, step.head);
+  FA_DEVICE void add(const Accum& acc, int64_t index, int slab) const {
     float* sums = p.dq_accum + index * (kBwdTileM * kHeadDim) +
                   (slab * 8 * kWarpgroupSize + thread) * 4;
-    if (p.dq_semaphore != nullptr && first) wait_for_turn(tile, step, index);
     FA_UNROLL
     for (int n = 0; n < 8; ++n)
       ptx::red_global_add_v4_f32(sums + n * (4 * kWarpgroupSize), acc.x[0][n]);
-    if (p.dq_semaphore != nullptr && last) end_turn(index);
   }
 
-  // Deterministic: tiles of keys add to a tile of queries in ascending order; the counter says how
-  // many halves of one have. Clusters take tiles in the order of n_block, so whoever is waited for
-  // already runs.
+  // Deterministic: the counter says how many CTAs have added to the tile of queries.
   FA_DEVICE void wait_for_turn(const BwdTile& tile, BwdStep step, int64_t index) const {
+    if (p.dq_semaphore == nullptr) return;
     if (thread == 0) {
-      const int first = n_block_range(tile.mask, step.m_block, kBwdTileM, kBwdTileN).begin;
-      while (ptx::ld_acquire_gpu_s32(p.dq_semaphore + index) <
-             Layout::kCtas * (tile.n_block - first)) {
+      const int before = Layout::kCtas * bwd_turn(launch, tile, step.m_block);
+      while (ptx::ld_acquire_gpu_s32(p.dq_semaphore + index) < before) {
       }
     }
     ptx::bar_sync(kBarrier, kWarpgroupSize);
   }
-  FA_DEVICE void end_turn(int64_t index) const {
+  FA_DEVICE void end_turn() {
+    if (turn < 0) return;
     __threadfence();
     ptx::bar_sync(kBarrier, kWarpgroupSize);
-    if (thread == 0) ptx::red_release_gpu_add_s32(p.dq_semaphore + index, 1);
+    if (thread == 0) ptx::red_release_gpu_add_s32(p.dq_semaphore + turn, 1);
+    turn = -1;
   }
 };
 
