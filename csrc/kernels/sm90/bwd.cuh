@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1
     const BwdTile tile = bwd_tile(p, launch, blockIdx.x);
     if (threadIdx.x == 0) BwdProducer<Layout>(p, launch, smem_base).run(tile);
     if (warp == 1) BwdStatistics<Layout>{p, launch, smem_base, lane}.run(tile);
-    if (warp == 2) BwdDqAdder<Layout>{p, launch, smem_base, lane}.run(tile);
+    if (warp >= 2) BwdDqAdder<Layout>{p, launch, smem_base, warp - 2, lane}.run(tile);
   } else if (warpgroup == 1) {
     ptx::setmaxnreg_dec<Layout::kRegisters.dq>();
     BwdDq<T, Layout>(smem_base).run(bwd_tile(p, launch, blockIdx.x).num_steps);

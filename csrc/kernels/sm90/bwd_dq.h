@@ -1,4 +1,4 @@
-// The warpgroup of the SM90 backward that computes dQ = dS K, and the warp that adds dQ up.
+// The warpgroup of the SM90 backward that computes dQ = dS K, and the warps that add dQ up.
 //
 // The sums of a tile pass through shared memory in the order of the registers, and TMA adds them to
 // dq_accum in L2: [column / 8][thread][4] floats a tile of queries. bwd_postprocess.cuh rounds
@@ -36,7 +36,7 @@ struct BwdDq {
       for (int part = 0; part < kParts; ++part) {
         Accum acc;
         multiply(acc, scores, part);
-        hand_over(acc, part);
+        hand_over(acc, part, n % Layout::kDqAdders);
       }
       scores.advance();
     }
@@ -67,7 +67,7 @@ struct BwdDq {
   }
 
   // Sums to shared memory, and word of them to the warp that adds them.
-  FA_DEVICE void hand_over(const Accum& acc, int part) const {
+  FA_DEVICE void hand_over(const Accum& acc, int part, int adder) const {
     const uint32_t buffer = smem + Layout::kDq + part * Layout::kDqPartBytes;
     ptx::bar_sync(Layout::kDqEmpty + part, Layout::kDqThreads);  // its last sums have been read
     FA_UNROLL
@@ -78,12 +78,13 @@ struct BwdDq {
                               __float_as_uint(x[3])});
     }
     ptx::fence_proxy_async();
-    ptx::bar_arrive(Layout::kDqFull + part, Layout::kDqThreads);
+    ptx::bar_arrive(Layout::kDqFull + adder * kParts + part, Layout::kDqThreads);
   }
 };
 
-// The warp that adds dQ's sums up in global memory. Its lane 0 waits for turns, so that nobody else
-// does.
+// The warps that add dQ's sums up in global memory, every other step each: when deterministic, the
+// additions of one are not complete before the next begin. Lane 0 waits for turns, so that nobody
+// else does.
 template <class Layout>
 struct BwdDqAdder {
   static constexpr int kParts = Layout::kDqParts;
@@ -92,14 +93,18 @@ struct BwdDqAdder {
   const BwdParams& p;
   const BwdLaunch& launch;
   uint32_t smem;
-  int lane;
+  int adder, lane;
 
   FA_DEVICE void run(const BwdTile& tile) const {
-    if (tile.num_steps > 0) ptx::bar_arrive(Layout::kDqEmpty, Layout::kDqThreads);
+    if (tile.num_steps > 0 && adder == 0) {
+      FA_UNROLL
+      for (int part = 0; part < kParts; ++part)
+        ptx::bar_arrive(Layout::kDqEmpty + part, Layout::kDqThreads);
+    }
     BwdStep step = BwdStep::first(p, launch, tile);
 #pragma unroll 1
     for (int n = 0; n < tile.num_steps; ++n) {
-      add(tile, step);
+      if (n % Layout::kDqAdders == adder) add(tile, step);
       step.advance(tile.blocks);
     }
     if (lane == 0) ptx::cp_async_bulk_wait_group<0>();
@@ -110,29 +115,36 @@ struct BwdDqAdder {
                                             step.m_block, step.head);
     float* sums = p.dq_accum + index * (kParts * kPartElements);
     const bool in_turn = p.dq_semaphore != nullptr && lane == 0;
+    if (in_turn) {
+      const int turn = bwd_turn(launch, tile, step.m_block);
+      while (ptx::ld_acquire_gpu_s32(p.dq_semaphore + index) < turn) {
+      }
+    }
+    __syncwarp();
     FA_UNROLL
     for (int part = 0; part < kParts; ++part) {
-      ptx::bar_sync(Layout::kDqFull + part, Layout::kDqThreads);
-      if (in_turn && part == 0) {
-        const int turn = bwd_turn(launch, tile, step.m_block);
-        while (ptx::ld_acquire_gpu_s32(p.dq_semaphore + index) < turn) {
-        }
-      }
+      ptx::bar_sync(Layout::kDqFull + adder * kParts + part, Layout::kDqThreads);
       if (lane == 0) {
         ptx::cp_reduce_async_bulk_add_f32(sums + part * kPartElements,
                                           smem + Layout::kDq + part * Layout::kDqPartBytes,
                                           Layout::kDqPartBytes);
         ptx::cp_async_bulk_commit_group();
-        ptx::cp_async_bulk_wait_group_read<kParts - 1>();
       }
-      __syncwarp();
-      ptx::bar_arrive(Layout::kDqEmpty + (part + 1) % kParts, Layout::kDqThreads);
     }
+    empty<0>();
+    if constexpr (kParts > 1) empty<1>();
     if (in_turn) {
       ptx::cp_async_bulk_wait_group<0>();
-      __threadfence();
       ptx::red_release_gpu_add_s32(p.dq_semaphore + index, 1);
     }
+  }
+
+  // Says that the sums of a part have been read.
+  template <int kPart>
+  FA_DEVICE void empty() const {
+    if (lane == 0) ptx::cp_async_bulk_wait_group_read<kParts - 1 - kPart>();
+    __syncwarp();
+    ptx::bar_arrive(Layout::kDqEmpty + kPart, Layout::kDqThreads);
   }
 };
 

@@ -39,8 +39,9 @@ struct BwdLayout {
   // dQ passes through shared memory kDqCols columns at a time, [column / 8][thread][4] floats.
   static constexpr int kDqCols = kHeadDim == 128 ? 64 : kHeadDim;
   static constexpr int kDqParts = kHeadDim / kDqCols;
-  // Named barriers of a part's buffer: its sums are there, its sums have been read.
-  static constexpr int kDqFull = 5, kDqEmpty = kDqFull + kDqParts;
+  // Named barriers of a part's buffer: an adder's sums are there, they have been read.
+  static constexpr int kDqAdders = 2;
+  static constexpr int kDqFull = 5, kDqEmpty = kDqFull + kDqAdders * kDqParts;
   static constexpr int kDqThreads = kWarpgroupSize + kWarpSize;  // that meet there
   static constexpr int kDqPartBytes = kTileM * kDqCols * static_cast<int>(sizeof(float));
 

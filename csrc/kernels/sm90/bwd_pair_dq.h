@@ -103,7 +103,6 @@ struct BwdPairDq {
   }
   FA_DEVICE void end_turn() {
     if (turn < 0) return;
-    __threadfence();
     ptx::bar_sync(kBarrier, kWarpgroupSize);
     if (thread == 0) ptx::red_release_gpu_add_s32(p.dq_semaphore + turn, 1);
     turn = -1;
