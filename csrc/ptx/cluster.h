@@ -62,19 +62,6 @@ FA_DEVICE void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-// cp_async_bulk_tensor_4d() to the same place in every CTA of `ranks` (a bit each), counted there on
-// the barrier that lies where `barrier` does in this one.
-FA_DEVICE void cp_async_bulk_tensor_4d_multicast(uint32_t smem, const void* map, BoxOrigin at,
-                                                 uint32_t barrier, uint16_t ranks,
-                                                 uint64_t l2_policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7, %8;" ::"r"(smem),
-      "l"(map), "r"(at.column), "r"(at.row), "r"(at.head), "r"(at.batch), "r"(barrier), "h"(ranks),
-      "l"(l2_policy)
-      : "memory");
-}
-
 // Copies `bytes` of this CTA's shared memory to dst and counts them on `barrier`, both cluster
 // addresses of one CTA. Preconditions: addresses and bytes are multiples of 16.
 FA_DEVICE void cp_async_bulk_to_cluster(uint32_t dst, uint32_t smem, int bytes, uint32_t barrier) {

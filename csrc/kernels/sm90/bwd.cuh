@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1
 // and 16 MB are equal, 32 MB is 6 % slower at 2k; deterministic 128 MB is 10 % slower at 8k.
 constexpr int64_t kBwdL2GroupBytes = 16 << 20;
 
-inline cudaError_t encode_bwd_tensor_maps(const BwdParams& p, int queries, BwdLaunch& launch) {
+inline cudaError_t encode_bwd_tensor_maps(const BwdParams& p, BwdLaunch& launch) {
   constexpr int kKeys = 64;  // of a consumer, or of a CTA of a pair
   const auto of_q = [&](const void* data, const Strides& strides, int head_dim) {
     return head_tensor(data, strides, p.seqlens_q, p.total_q, p.batch_size, p.num_heads_q,
@@ -307,8 +307,8 @@ inline cudaError_t encode_bwd_tensor_maps(const BwdParams& p, int queries, BwdLa
   const HeadTensor dout = of_q(p.dout, p.dout_strides, p.head_dim_v);
   const HeadTensor k = of_k(p.k, p.k_strides, p.head_dim);
   const HeadTensor v = of_k(p.v, p.v_strides, p.head_dim_v);
-  cudaError_t error = encode_tensor_map(launch.q, p.dtype, q, queries);
-  if (error == cudaSuccess) error = encode_tensor_map(launch.dout, p.dtype, dout, queries);
+  cudaError_t error = encode_tensor_map(launch.q, p.dtype, q, kBwdTileM);
+  if (error == cudaSuccess) error = encode_tensor_map(launch.dout, p.dtype, dout, kBwdTileM);
   if (error == cudaSuccess) error = encode_tensor_map(launch.k, p.dtype, k, kKeys);
   if (error == cudaSuccess) error = encode_tensor_map(launch.v, p.dtype, v, kKeys);
   return error;
@@ -347,7 +347,7 @@ int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream
 #ifdef NOTICKET
   launch.next_tile = nullptr;
 #endif
-  error = encode_bwd_tensor_maps(p, kPair ? kBwdTileM / 2 : kBwdTileM, launch);
+  error = encode_bwd_tensor_maps(p, launch);
   if (error != cudaSuccess) return error;
   if constexpr (kPair) {
     return launch_bwd_pair_kernel<T, kHeadDim, kScoreMod>(p, launch, stream);

@@ -87,7 +87,7 @@ struct BwdPairConsumer {
     clear_stream(tile, step, rows);
   }
   FA_DEVICE void release_dout() {
-    release_in_pair(dout, lane);
+    release_by_warp(dout, lane);
     dout.advance();
   }
   template <int kN, class A, class Rows>
@@ -158,7 +158,7 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
       ptx::wgmma_pin(acc_s.x[0]);
       ptx::wgmma_pin(acc_dk.x[0]);
       release_by_warp(this->scores_at(n), lane);
-      release_in_pair(this->q_at(n), lane);
+      release_by_warp(this->q_at(n), lane);
     }
     store_gradient<T>(acc_dv, tile, this->first_key(tile), {p.dv, p.dv_strides, p.head_dim_v}, 0,
                       kScoreMod ? 256.f / p.score.keep_threshold : 1.f, lane);
@@ -266,7 +266,7 @@ struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
       ptx::wgmma_wait_group<1>();  // dK is complete
       ptx::wgmma_pin(acc_dk.x[0]);
       release_by_warp(this->scores_at(n), lane);
-      release_in_pair(this->q_at(n), lane);
+      release_by_warp(this->q_at(n), lane);
       issue_dp_high(acc_dp, tile, step, is_new);
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_pin(acc_dp.x[0]);

@@ -36,7 +36,6 @@ struct BwdPairLayout {
   using StreamPipeline = Pipeline<kStages>;
   using DoutPipeline = Pipeline<kDoutStages>;
   using ScoresPipeline = Pipeline<kScoresStages>;
-  static constexpr int kHalfRows = kTileM / kCtas;  // of Q and dO that a CTA loads for both
 
   static constexpr int kStatisticBytes = kTileM * static_cast<int>(sizeof(float));
   static constexpr int kK = 0, kV = kK + TileKept::kBytes;
@@ -88,9 +87,8 @@ struct BwdPairLayout {
     KeptPipeline::init(smem + kKBarriers, 1);
     KeptPipeline::init(smem + kVBarriers, 1);
     KeptPipeline::init(smem + kSharedBarriers, 1);
-    // What both CTAs load is released by the consumers of both.
-    StreamPipeline::init(smem + kQBarriers, kCtas * 8, 2);  // filled with Q and statistics
-    DoutPipeline::init(smem + kDoutBarriers, kCtas * 8);
+    StreamPipeline::init(smem + kQBarriers, 8, 2);  // filled with Q and statistics
+    DoutPipeline::init(smem + kDoutBarriers, 8);
     ScoresPipeline::init(smem + kProbsBarriers, 1, 4);
     // dS: released by the consumers and by both CTAs' dQ.
     ScoresPipeline::init(smem + kScoresBarriers, 8 + kCtas * 4, 4);

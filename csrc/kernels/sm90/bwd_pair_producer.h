@@ -5,13 +5,9 @@
 
 namespace fa {
 
-// The one thread that starts all copies from global memory. Of Q and dO it loads half of the rows,
-// for both CTAs.
+// The one thread that starts all copies from global memory.
 template <class Layout>
 struct BwdPairProducer {
-  using Kept = typename Layout::KeptPipeline;
-  static constexpr uint16_t kBoth = 3;
-
   const BwdParams& p;
   const BwdLaunch& launch;
   uint32_t smem;
@@ -37,56 +33,46 @@ struct BwdPairProducer {
     load_kept(tile, rank, 0, &launch.k, Layout::smem_k(smem), Layout::kKBarriers);
     load_dout<typename Layout::TileLow>(tile, step, 0);
     load_kept(tile, rank, 0, &launch.v, Layout::smem_v(smem), Layout::kVBarriers);
-    for (int steps_left = tile.num_steps - 1;; --steps_left) {
+    for (int n = 0;; ++n) {
       load_dout<typename Layout::TileHigh>(tile, step, Layout::kLow);
-      if (steps_left == tile.num_steps - 1)
+      if (n == 0)
         load_kept(tile, 1 - rank, Layout::first_shared_slab(rank) * 64, &launch.k,
                   typename Layout::TileShared{smem + Layout::kShared}, Layout::kSharedBarriers);
-      if (steps_left == 0) break;
+      if (n + 1 == tile.num_steps) break;
       step.advance(tile.blocks);
       load_dout<typename Layout::TileLow>(tile, step, 0);
       load_q(tile, step);
     }
   }
 
-  // The keys of the CTA of this rank.
+  // Columns from `column` on of the keys of the CTA of this rank.
   template <class Tile>
   FA_DEVICE void load_kept(const BwdTile& tile, int of_rank, int column, const void* map, Tile rows,
                            int barriers) const {
-    const Kept pipeline = Kept::producer(smem + barriers);
+    const auto pipeline = Layout::KeptPipeline::producer(smem + barriers);
     ptx::mbarrier_arrive_expect_tx(pipeline.full(), Tile::kBytes);
-    FA_UNROLL
-    for (int slab = 0; slab < Tile::kSlabs; ++slab)
-      ptx::cp_async_bulk_tensor_4d(
-          rows.base + slab * Tile::kSlabBytes, map,
-          {column + slab * 64,
-           static_cast<int>(tile.k_seq.first_row) + tile.n_block * kBwdTileN +
-               of_rank * Layout::kKeys,
-           tile.head_kv, p.seqlens_k.cu_seqlens != nullptr ? 0 : tile.batch},
-          pipeline.full(), ptx::kL2EvictFirst);
+    const int row = static_cast<int>(tile.k_seq.first_row) + tile.n_block * kBwdTileN +
+                    of_rank * Layout::kKeys;
+    load_tile_tma(rows, map,
+                  {column, row, tile.head_kv, p.seqlens_k.cu_seqlens != nullptr ? 0 : tile.batch},
+                  pipeline.full(), ptx::kL2EvictFirst);
   }
   FA_DEVICE void load_q(const BwdTile& tile, BwdStep step) {
-    load_for_both(q, tile, step, &launch.q, Layout::smem_q(smem, q.stage), 0);
+    load_stream(q, tile, step, 0, &launch.q, Layout::smem_q(smem, q.stage));
   }
   template <class Part>
   FA_DEVICE void load_dout(const BwdTile& tile, BwdStep step, int column) {
-    load_for_both(dout, tile, step, &launch.dout, Part{Layout::smem_dout(smem, dout.stage)},
-                  column);
+    load_stream(dout, tile, step, column, &launch.dout, Part{Layout::smem_dout(smem, dout.stage)});
   }
   template <class Pipeline, class Tile>
-  FA_DEVICE void load_for_both(Pipeline& pipeline, const BwdTile& tile, BwdStep step,
-                               const void* map, Tile rows, int column) const {
-    wait_empty_in_pair(pipeline);
+  FA_DEVICE void load_stream(Pipeline& pipeline, const BwdTile& tile, BwdStep step, int column,
+                             const void* map, Tile rows) const {
+    pipeline.wait_empty();
     ptx::mbarrier_arrive_expect_tx(pipeline.full(), Tile::kBytes);
-    const int first = rank * Layout::kHalfRows;
-    FA_UNROLL
-    for (int slab = 0; slab < Tile::kSlabs; ++slab)
-      ptx::cp_async_bulk_tensor_4d_multicast(
-          rows.base + slab * Tile::kSlabBytes + first * Tile::kSlabRowBytes, map,
-          {column + slab * 64,
-           static_cast<int>(tile.q_seq.first_row) + step.m_block * Layout::kTileM + first,
-           step.head, p.seqlens_q.cu_seqlens != nullptr ? 0 : tile.batch},
-          pipeline.full(), kBoth, ptx::kL2EvictLast);
+    const int row = static_cast<int>(tile.q_seq.first_row) + step.m_block * Layout::kTileM;
+    load_tile_tma(rows, map,
+                  {column, row, step.head, p.seqlens_q.cu_seqlens != nullptr ? 0 : tile.batch},
+                  pipeline.full(), ptx::kL2EvictLast);
     pipeline.advance();
   }
 };
