@@ -113,16 +113,17 @@ struct BwdConsumer {
       for (int k = 0; k < kTileM / 16; ++k)
         to_dscores<T>(dscores.x[0][k], score_part(acc_dp, k), deltas.part(k),
                       kScoreMod ? drop_factor(p.score) : 0.f);
-      store_dscores(dscores);
 
       // The next S goes ahead of dK. Behind the last step it is that of some old tile, which nobody
-      // reads: products of a group are not to be skipped by a branch.
+      // reads: products of a group are not to be skipped by a branch. A branch has to stand here,
+      // else the compiler waits for room for dS before it computes it, 9 % at d 64.
       auto next = q;
       next.advance();
       if (steps_left > 0) {
         step.advance(tile.blocks);
         wait_for_q(next, tile, step);
       }
+      store_dscores(dscores);
       issue_scores(acc_s, kept_k, smem_k(), Layout::smem_q(smem, next.stage));
       accumulate(acc_dk, dscores, Layout::smem_q(smem, q.stage));
       hand_over_dscores();

@@ -22,7 +22,7 @@
 #include "kernels/sm90/bwd_pair_layout.h"
 #include "kernels/sm90/bwd_pair_producer.h"
 #include "kernels/sm90/bwd_producer.h"
-#include "ptx/barrier.h"
+#include "ptx/opaque.h"
 #include "ptx/shared_memory.h"
 #include "ptx/stmatrix.h"
 #include "ptx/warpgroup.h"
@@ -90,6 +90,16 @@ struct BwdPairConsumer {
     release_by_warp(dout, lane);
     dout.advance();
   }
+  // dV and dK from a column on. The tile is found anew: its numbers would fill registers throughout.
+  template <class Dv, class Dk>
+  FA_DEVICE void store(const Dv& acc_dv, const Dk& acc_dk, int dv_column, int dk_column,
+                       int index) const {
+    const BwdTile tile = bwd_tile(p, launch, ptx::opaque(index));
+    store_gradient<T>(acc_dv, tile, first_key(tile), {p.dv, p.dv_strides, p.head_dim_v}, dv_column,
+                      kScoreMod ? 256.f / p.score.keep_threshold : 1.f, lane);
+    store_gradient<T>(acc_dk, tile, first_key(tile), {p.dk, p.dk_strides, p.head_dim}, dk_column,
+                      p.score.softmax_scale, lane);
+  }
   template <int kN, class A, class Rows>
   FA_DEVICE void accumulate(AccumTile<1, kN>& acc, const A& operand, Rows rows) const {
     ptx::wgmma_pin(acc.x[0]);
@@ -112,8 +122,10 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
   using Layout = typename Base::Layout;
   using Base::Base, Base::p, Base::launch, Base::smem, Base::lane, Base::dout, Base::kTileM;
   using TileHighQ = SwizzledTile<kTileM, Layout::kHigh>;
+  // dK runs beside the next step's exponentials, if its dS need not make room for their P.
+  static constexpr bool kDkRunsOn = Layout::kScoresStages > 1;
 
-  FA_DEVICE void run(const BwdTile& tile) {
+  FA_DEVICE void run(const BwdTile& tile, int index) {
     typename Base::Low acc_dv;
     typename Base::High acc_dk;
     acc_dv.clear();
@@ -136,6 +148,12 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(this->probs_at(n).full());
 
+      if (kDkRunsOn) {
+        ptx::wgmma_wait_group<0>();  // dK of the last step is complete
+        ptx::wgmma_pin(acc_dk.x[0]);
+        if (n > 0) release_step(n - 1);
+      }
+
       const typename Layout::TileLow dout_low{Layout::smem_dout(smem, dout.stage)};
       this->wait_for_dout(dout, tile, step, dout_low);
       this->accumulate(acc_dv, operand, dout_low);
@@ -154,18 +172,22 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
                        TileHighQ{Layout::smem_q(smem, this->q_at(n).stage).base});
       dout.wait_full();  // the high part, not for this warpgroup
       this->release_dout();
-      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_wait_group<kDkRunsOn ? 1 : 0>();  // S is complete
       ptx::wgmma_pin(acc_s.x[0]);
-      ptx::wgmma_pin(acc_dk.x[0]);
-      release_by_warp(this->scores_at(n), lane);
-      release_by_warp(this->q_at(n), lane);
+      if (!kDkRunsOn) {
+        ptx::wgmma_pin(acc_dk.x[0]);
+        release_step(n);
+      }
     }
-    store_gradient<T>(acc_dv, tile, this->first_key(tile), {p.dv, p.dv_strides, p.head_dim_v}, 0,
-                      kScoreMod ? 256.f / p.score.keep_threshold : 1.f, lane);
-    store_gradient<T>(acc_dk, tile, this->first_key(tile), {p.dk, p.dk_strides, p.head_dim}, 0,
-                      p.score.softmax_scale, lane);
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_pin(acc_dk.x[0]);
+    this->store(acc_dv, acc_dk, 0, 0, index);
   }
 
+  FA_DEVICE void release_step(int n) const {
+    release_by_warp(this->scores_at(n), lane);
+    release_by_warp(this->q_at(n), lane);
+  }
   FA_DEVICE void wait_for_q(const typename Layout::StreamPipeline& queries, const BwdTile& tile,
                             BwdStep step) const {
     queries.wait_full();
@@ -229,7 +251,7 @@ struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
   using TileLowQ = typename Layout::TileLow;
   static constexpr int kFirstQ = Layout::kHigh / 64 * Layout::TileStream::kSlabBytes;
 
-  FA_DEVICE void run(const BwdTile& tile) {
+  FA_DEVICE void run(const BwdTile& tile, int index) {
     typename Base::High acc_dv;
     typename Base::Low acc_dk;
     acc_dv.clear();
@@ -271,10 +293,7 @@ struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_pin(acc_dp.x[0]);
     }
-    store_gradient<T>(acc_dv, tile, this->first_key(tile), {p.dv, p.dv_strides, p.head_dim_v},
-                      Layout::kLow, kScoreMod ? 256.f / p.score.keep_threshold : 1.f, lane);
-    store_gradient<T>(acc_dk, tile, this->first_key(tile), {p.dk, p.dk_strides, p.head_dim},
-                      Layout::kHigh, p.score.softmax_scale, lane);
+    this->store(acc_dv, acc_dk, Layout::kLow, Layout::kHigh, index);
   }
 
   // dP = V dO^T over the low columns, then over the high ones, which lie in the next buffer.
@@ -373,11 +392,12 @@ __global__ void __cluster_dims__(2, 1, 1)
     if (threadIdx.x == 0) BwdPairProducer<Layout>(p, launch, smem_base, rank).run(tile);
     if (warp == 1) BwdStatistics<Layout>{p, launch, smem_base, lane}.run(tile);
     if (threadIdx.x == 2 * kWarpSize) send_dscores<Layout>(tile, smem_base, 1 - rank);
+    if (warp == 3) BwdPairDqAdder<Layout>{p, launch, smem_base, rank, lane}.run(tile);
     __syncwarp();
   } else if (warpgroup == 1) {
     ptx::setmaxnreg_dec<Layout::kRegisters.dq>();
     const BwdTile tile = bwd_tile(p, launch, index);
-    if (tile.num_steps > 0) BwdPairDq<T, Layout>(p, launch, smem_base, rank).run(tile);
+    if (tile.num_steps > 0) BwdPairDq<T, Layout>(p, smem_base, rank).run(tile);
   } else {
     ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
     const BwdTile tile = bwd_tile(p, launch, index);
@@ -386,9 +406,11 @@ __global__ void __cluster_dims__(2, 1, 1)
       const int thread = threadIdx.x - 2 * kWarpgroupSize + rank * 2 * kWarpgroupSize;
       clear_gradients<T, kThreads>(p, launch, tile, thread);
     } else if (warpgroup == 2) {
-      BwdPairProbs<T, kHeadDim, kScoreMod>(p, launch, smem_base, rank, 1).run(tile);
+      BwdPairProbs<T, kHeadDim, kScoreMod>(p, launch, smem_base, rank, Layout::kProbsBarrier)
+          .run(tile, index);
     } else {
-      BwdPairDscores<T, kHeadDim, kScoreMod>(p, launch, smem_base, rank, 2).run(tile);
+      BwdPairDscores<T, kHeadDim, kScoreMod>(p, launch, smem_base, rank, Layout::kDscoresBarrier)
+          .run(tile, index);
     }
   }
   ptx::cluster_sync();  // nobody arrives at this CTA's barriers or writes its memory any more

@@ -22,7 +22,7 @@ struct BwdPairLayout {
   // two parts, a ring of buffers of the larger one.
   static constexpr int kLow = 128, kHigh = kHeadDim - kLow;
   static constexpr int kStages = 2;                          // of Q
-  static constexpr int kDoutStages = kHeadDim <= 192 ? 4 : 3;  // of parts of dO
+  static constexpr int kDoutStages = kHeadDim > 192 ? 2 : kScoreMod ? 3 : 4;  // of parts of dO
   // P, then dS, of a step; and as many of the other CTA's dS.
   static constexpr int kScoresStages = kScoreMod && kHeadDim > 192 ? 1 : 2;
 
@@ -37,6 +37,12 @@ struct BwdPairLayout {
   using DoutPipeline = Pipeline<kDoutStages>;
   using ScoresPipeline = Pipeline<kScoresStages>;
 
+  static constexpr int kDqBytes = kTileM * 64 * static_cast<int>(sizeof(float));  // a slab
+  // Named barriers: of the consumers, of dQ, and of the slab of dQ in shared memory.
+  static constexpr int kProbsBarrier = 1, kDscoresBarrier = 2, kDqBarrier = 3;
+  static constexpr int kDqFull = 4, kDqEmpty = 5;
+  static constexpr int kDqThreads = kWarpgroupSize + kWarpSize;
+
   static constexpr int kStatisticBytes = kTileM * static_cast<int>(sizeof(float));
   static constexpr int kK = 0, kV = kK + TileKept::kBytes;
   static constexpr int kShared = kV + TileKept::kBytes;
@@ -45,7 +51,8 @@ struct BwdPairLayout {
   static constexpr int kScores = kDout + kDoutStages * TileLow::kBytes;
   static constexpr int kPeerScores = kScores + kScoresStages * TileScores::kBytes;
   static constexpr int kPassed = kPeerScores + kScoresStages * TileScores::kBytes;
-  static constexpr int kStatistics = kPassed + (kScoreMod ? TileScores::kBytes : 0);
+  static constexpr int kDq = kPassed + (kScoreMod ? TileScores::kBytes : 0);
+  static constexpr int kStatistics = kDq + kDqBytes;
   static constexpr int kKBarriers = kStatistics + kStages * 2 * kStatisticBytes;
   static constexpr int kVBarriers = kKBarriers + KeptPipeline::kBarrierBytes;
   static constexpr int kSharedBarriers = kVBarriers + KeptPipeline::kBarrierBytes;
@@ -79,8 +86,9 @@ struct BwdPairLayout {
   // Columns of dQ that a CTA adds up of all keys of the pair, in slabs of 64: two of four, or of
   // three two and one by turns. They begin at the first slab or end with the last one.
   static FA_DEVICE int first_shared_slab(int rank) { return rank == 0 ? 0 : kSlabs - 2; }
-  static FA_DEVICE int num_dq_slabs(int rank, int step) {
-    return kSlabs == 4 || (step + rank) % 2 == 0 ? 2 : 1;
+  static FA_DEVICE Range dq_slabs(int rank, int step) {
+    const int size = kSlabs == 4 || (step + rank) % 2 == 0 ? 2 : 1;
+    return rank == 0 ? Range{0, size} : Range{kSlabs - size, kSlabs};
   }
 
   static FA_DEVICE void init_barriers(uint32_t smem) {
