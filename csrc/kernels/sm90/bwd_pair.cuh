@@ -44,7 +44,6 @@ struct BwdPairConsumer {
   uint32_t smem;
   int rank, lane, warp_row;
   int barrier;  // named barrier of the warpgroup
-  typename Layout::DoutPipeline dout;
 
   FA_DEVICE BwdPairConsumer(const BwdParams& params, const BwdLaunch& bwd_launch,
                             uint32_t smem_base, int cluster_rank, int named_barrier)
@@ -54,12 +53,17 @@ struct BwdPairConsumer {
         rank(cluster_rank),
         lane(threadIdx.x % kWarpSize),
         warp_row(threadIdx.x / kWarpSize % 4 * 16),
-        barrier(named_barrier),
-        dout(Layout::DoutPipeline::consumer(smem_base + Layout::kDoutBarriers)) {}
+        barrier(named_barrier) {}
 
   // The rings at step n.
   FA_DEVICE typename Layout::StreamPipeline q_at(uint32_t n) const {
     return Layout::StreamPipeline::consumer_at(smem + Layout::kQBarriers, n);
+  }
+  FA_DEVICE typename Layout::DoutPipeline dout_low_at(uint32_t n) const {
+    return Layout::DoutPipeline::consumer_at(smem + Layout::kDoutBarriers, 2 * n);
+  }
+  FA_DEVICE typename Layout::DoutPipeline dout_high_at(uint32_t n) const {
+    return Layout::DoutPipeline::consumer_at(smem + Layout::kDoutBarriers, 2 * n + 1);
   }
   FA_DEVICE typename Layout::ScoresPipeline probs_at(uint32_t n) const {
     return Layout::ScoresPipeline::consumer_at(smem + Layout::kProbsBarriers, n);
@@ -85,10 +89,6 @@ struct BwdPairConsumer {
                                BwdStep step, Tile rows) const {
     part.wait_full();
     clear_stream(tile, step, rows);
-  }
-  FA_DEVICE void release_dout() {
-    release_by_warp(dout, lane);
-    dout.advance();
   }
   // dV and dK from a column on. The tile is found anew: its numbers would fill registers throughout.
   template <class Dv, class Dk>
@@ -120,7 +120,7 @@ template <class T, int kHeadDim, bool kScoreMod>
 struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
   using Base = BwdPairConsumer<T, kHeadDim, kScoreMod>;
   using Layout = typename Base::Layout;
-  using Base::Base, Base::p, Base::launch, Base::smem, Base::lane, Base::dout, Base::kTileM;
+  using Base::Base, Base::p, Base::launch, Base::smem, Base::lane, Base::kTileM;
   using TileHighQ = SwizzledTile<kTileM, Layout::kHigh>;
   // dK runs beside the next step's exponentials, if its dS need not make room for their P.
   static constexpr bool kDkRunsOn = Layout::kScoresStages > 1;
@@ -154,8 +154,9 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
         if (n > 0) release_step(n - 1);
       }
 
-      const typename Layout::TileLow dout_low{Layout::smem_dout(smem, dout.stage)};
-      this->wait_for_dout(dout, tile, step, dout_low);
+      const typename Layout::TileLow dout_low{
+          Layout::smem_dout(smem, this->dout_low_at(n).stage)};
+      this->wait_for_dout(this->dout_low_at(n), tile, step, dout_low);
       this->accumulate(acc_dv, operand, dout_low);
       // Behind the last step, S is that of some old tile, which nobody reads: products of a group
       // are not to be skipped by a branch.
@@ -166,12 +167,12 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
       issue_scores(acc_s, this->q_at(n + 1).stage);
       ptx::wgmma_wait_group<1>();  // dV is complete
       ptx::wgmma_pin(acc_dv.x[0]);
-      this->release_dout();
+      release_by_warp(this->dout_low_at(n), lane);
       this->scores_at(n).wait_full();
       this->accumulate(acc_dk, Layout::smem_scores(smem, this->scores_at(n).stage),
                        TileHighQ{Layout::smem_q(smem, this->q_at(n).stage).base});
-      dout.wait_full();  // the high part, not for this warpgroup
-      this->release_dout();
+      this->dout_high_at(n).wait_full();  // not for this warpgroup
+      release_by_warp(this->dout_high_at(n), lane);
       ptx::wgmma_wait_group<kDkRunsOn ? 1 : 0>();  // S is complete
       ptx::wgmma_pin(acc_s.x[0]);
       if (!kDkRunsOn) {
@@ -246,7 +247,7 @@ template <class T, int kHeadDim, bool kScoreMod>
 struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
   using Base = BwdPairConsumer<T, kHeadDim, kScoreMod>;
   using Layout = typename Base::Layout;
-  using Base::Base, Base::p, Base::launch, Base::smem, Base::lane, Base::dout, Base::kTileM;
+  using Base::Base, Base::p, Base::launch, Base::smem, Base::lane, Base::kTileM;
 
   using TileLowQ = typename Layout::TileLow;
   static constexpr int kFirstQ = Layout::kHigh / 64 * Layout::TileStream::kSlabBytes;
@@ -261,58 +262,58 @@ struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
     typename Base::Scores acc_dp;
     BwdStep step = BwdStep::first(p, launch, tile);
     this->wait_for_kept(tile, Layout::smem_v(smem), Layout::kVBarriers);
-    issue_dp_low(acc_dp, tile, step, true);
-    issue_dp_high(acc_dp, tile, step, true);
+    issue_dp_low(acc_dp, tile, step, 0);
+    issue_dp_high(acc_dp, tile, step, 0);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_pin(acc_dp.x[0]);
 #pragma unroll 1
     for (int n = 0; n < tile.num_steps; ++n) {
       // dP of this step is complete.
-      this->release_dout();  // the low part
+      release_by_warp(this->dout_low_at(n), lane);
       this->q_at(n).wait_full();
       this->probs_at(n).wait_full();
       const typename Base::Operand operand = load_probs(n);
       this->accumulate(acc_dv, operand,
-                       typename Layout::TileHigh{Layout::smem_dout(smem, dout.stage)});
+                       typename Layout::TileHigh{
+                           Layout::smem_dout(smem, this->dout_high_at(n).stage)});
       to_dscores_of_step(operand, acc_dp, n);
       this->scores_at(n).wait_full();  // all warps of the warpgroup have stored
       this->accumulate(acc_dk, Layout::smem_scores(smem, this->scores_at(n).stage),
                        TileLowQ{Layout::smem_q(smem, this->q_at(n).stage).base + kFirstQ});
       ptx::wgmma_wait_group<1>();  // dV is complete
       ptx::wgmma_pin(acc_dv.x[0]);
-      this->release_dout();  // the high part
-      // Behind the last step, dP is of some old tile, which nobody reads.
-      const bool is_new = n + 1 < tile.num_steps;
-      if (is_new) step.advance(tile.blocks);
-      issue_dp_low(acc_dp, tile, step, is_new);
+      release_by_warp(this->dout_high_at(n), lane);
+      if (n + 1 < tile.num_steps) step.advance(tile.blocks);
+      issue_dp_low(acc_dp, tile, step, n + 1);
       ptx::wgmma_wait_group<1>();  // dK is complete
       ptx::wgmma_pin(acc_dk.x[0]);
       release_by_warp(this->scores_at(n), lane);
       release_by_warp(this->q_at(n), lane);
-      issue_dp_high(acc_dp, tile, step, is_new);
+      issue_dp_high(acc_dp, tile, step, n + 1);
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_pin(acc_dp.x[0]);
     }
     this->store(acc_dv, acc_dk, Layout::kLow, Layout::kHigh, index);
   }
 
-  // dP = V dO^T over the low columns, then over the high ones, which lie in the next buffer.
+  // dP = V dO^T over the low columns, then over the high ones. Behind the last step, of some old
+  // tile, which nobody reads.
   FA_DEVICE void issue_dp_low(typename Base::Scores& acc, const BwdTile& tile, BwdStep step,
-                              bool is_new) const {
-    const typename Layout::TileLow rows{Layout::smem_dout(smem, dout.stage)};
-    if (is_new) this->wait_for_dout(dout, tile, step, rows);
+                              int n) const {
+    const auto part = this->dout_low_at(n);
+    const typename Layout::TileLow rows{Layout::smem_dout(smem, part.stage)};
+    if (n < tile.num_steps) this->wait_for_dout(part, tile, step, rows);
     ptx::wgmma_pin(acc.x[0]);
     ptx::wgmma_fence();
     warpgroup_gemm_abt<T>(acc, SwizzledTile<Layout::kKeys, Layout::kLow>{smem + Layout::kV}, rows);
     ptx::wgmma_commit_group();
   }
   FA_DEVICE void issue_dp_high(typename Base::Scores& acc, const BwdTile& tile, BwdStep step,
-                               bool is_new) const {
+                               int n) const {
     constexpr int kHighSlab = Layout::kLow / 64 * Layout::TileKept::kSlabBytes;
-    auto high = dout;
-    high.advance();
-    const typename Layout::TileHigh rows{Layout::smem_dout(smem, high.stage)};
-    if (is_new) this->wait_for_dout(high, tile, step, rows);
+    const auto part = this->dout_high_at(n);
+    const typename Layout::TileHigh rows{Layout::smem_dout(smem, part.stage)};
+    if (n < tile.num_steps) this->wait_for_dout(part, tile, step, rows);
     ptx::wgmma_fence();
     warpgroup_gemm_abt<T>(
         acc, SwizzledTile<Layout::kKeys, Layout::kHigh>{smem + Layout::kV + kHighSlab}, rows, true);

@@ -22,7 +22,7 @@ struct BwdPairLayout {
   // two parts, a ring of buffers of the larger one.
   static constexpr int kLow = 128, kHigh = kHeadDim - kLow;
   static constexpr int kStages = 2;                          // of Q
-  static constexpr int kDoutStages = kHeadDim > 192 ? 2 : kScoreMod ? 3 : 4;  // of parts of dO
+  static constexpr int kDoutStages = kHeadDim > 192 || kScoreMod ? 2 : 4;  // of parts of dO
   // P, then dS, of a step; and as many of the other CTA's dS.
   static constexpr int kScoresStages = kScoreMod && kHeadDim > 192 ? 1 : 2;
 
