@@ -194,12 +194,12 @@ FA_HD constexpr WarpgroupRegisters warpgroup_registers(int num_consumer_warpgrou
 struct BwdTileConfig {
   int tile_m, tile_n;    // rows of Q and dO per step, rows of K and V that a CTA keeps
   int num_q_stages;      // Q buffers
-  int num_dout_stages;   // dO buffers
+  int num_dout_stages;   // dO buffers; pairs: of parts of 128 columns
   int num_ds_stages;     // P or dS buffers, [tile_m, tile_n]
   int num_warps;         // that compute; SM90 adds a producer warpgroup and one for dQ
   bool v_in_regs;        // V passes through Q's and dO's buffers and keeps none
   bool dq_through_smem;  // dQ is staged in fp32 for a bulk reduction; else added from registers
-  int num_ctas = 1;      // that share the keys: SM90's pairs
+  int num_ctas = 1;      // 2: pairs of CTAs, half of the keys each
 };
 
 // K and V stay, Q and dO stream: dK and dV are complete in one CTA, dQ is added up in global
@@ -239,8 +239,7 @@ FA_HD constexpr BwdTileConfig bwd_tile_config(Arch arch, int head_dim, MaskKind)
         case 96:  return {64, 128, 3, 3, 2, 8, false, true};
         // 226 KB. 80 rows need 16 registers more than there are.
         case 128: return {64, 128, 3, 3, 2, 8, false, true};
-        // Pairs of CTAs of 64 keys. dO comes in parts of 128 columns, two a step. 225 KB each; at
-        // 192 one of its buffers has a part of 64 columns.
+        // Pairs of CTAs, 218 and 225 KB each. dO is two parts, of 192 columns 128 and 64.
         case 192: return {64, 128, 2, 4, 2, 8, false, false, 2};
         case 256: return {64, 128, 2, 3, 2, 8, false, false, 2};
       }
@@ -260,8 +259,15 @@ FA_HD constexpr BwdTileConfig sm80_bwd_tile_config(Arch gpu, int head_dim) {
   return bwd_tile_config(gpu == Arch::kSm90 ? Arch::kSm80 : gpu, head_dim, MaskKind::kFull);
 }
 
-// K, V, the streamed Q and dO, dS, and fp32 dQ if staged; 2-byte elements.
+// K, V, the streamed Q and dO, dS, and fp32 dQ if staged; 2-byte elements. A CTA of a pair has half
+// of the keys, 128 columns of the other half's K, and dS of both.
 FA_HD constexpr int bwd_smem_bytes(BwdTileConfig c, int head_dim) {
+  if (c.num_ctas == 2) {
+    const int keys = c.tile_n / 2;
+    const int kept = 2 * keys * head_dim + keys * 128;
+    const int streamed = c.tile_m * (c.num_q_stages * head_dim + c.num_dout_stages * 128);
+    return 2 * (kept + streamed + 2 * c.num_ds_stages * c.tile_m * keys);
+  }
   const int kept = (c.v_in_regs ? 1 : 2) * c.tile_n * head_dim;
   const int streamed = (c.num_q_stages + c.num_dout_stages) * c.tile_m * head_dim;
   const int ds = c.num_ds_stages * c.tile_m * c.tile_n;
@@ -275,19 +281,11 @@ FA_HD constexpr int bwd_statistics_bytes(Arch arch, BwdTileConfig c) {
   return (arch == Arch::kSm90 ? c.num_q_stages : 2) * 2 * 4 * c.tile_m;
 }
 
-// All of a CTA of SM90's kernel, in whose shared memory rows are whole slabs of 64 elements. Of a
-// pair: half of the keys, 128 columns of the other half's K, dO in parts of 128 columns, and dS of
-// both.
+// All of a CTA of SM90's kernel, in whose shared memory rows are whole slabs of 64 elements.
 FA_HD constexpr int sm90_bwd_smem_bytes(BwdTileConfig c, int head_dim) {
-  const int others = bwd_statistics_bytes(Arch::kSm90, c) + kBwdBarrierBytes;
-  if (c.num_ctas == 2) {
-    const int keys = c.tile_n / 2;
-    const int kept = 2 * keys * head_dim + keys * 128;
-    const int streamed = c.tile_m * (c.num_q_stages * head_dim + c.num_dout_stages * 128);
-    return 2 * (kept + streamed + 2 * c.num_ds_stages * c.tile_m * keys) + others;
-  }
   const int dq_padding = c.dq_through_smem ? 4 * c.tile_m * (round_up(head_dim, 64) - head_dim) : 0;
-  return bwd_smem_bytes(c, round_up(head_dim, 64)) - dq_padding + others;
+  return bwd_smem_bytes(c, round_up(head_dim, 64)) - dq_padding +
+         bwd_statistics_bytes(Arch::kSm90, c) + kBwdBarrierBytes;
 }
 
 // SM90 adds a producer warpgroup and one for dQ.

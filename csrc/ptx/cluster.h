@@ -1,4 +1,5 @@
-// Clusters: CTAs that run at the same time on neighbouring SMs and reach each other's shared memory.
+// Clusters: CTAs that run at the same time on neighbouring SMs and reach each other's shared
+// memory.
 //
 // PTX ISA, "Parallel Synchronization and Communication Instructions: barrier.cluster, mbarrier" and
 // "Data Movement and Conversion Instructions: mapa, cp.async.bulk". An address of another CTA's
@@ -41,10 +42,10 @@ FA_DEVICE void mbarrier_arrive_cluster(uint32_t barrier) {
                : "memory");
 }
 FA_DEVICE void mbarrier_arrive_expect_tx_cluster(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(
-                   barrier),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(barrier),
+      "r"(bytes)
+      : "memory");
 }
 
 // mbarrier_wait() for a barrier of this CTA on which threads of others arrive.

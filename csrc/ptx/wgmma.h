@@ -109,8 +109,8 @@ FA_DEVICE void wgmma_fence_operand(float (&d)[kN][4]) {
       : FA_ACCUM_##count                                                           \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc))
 
-// The same where k runs along the rows of a and b in shared memory, where it runs along the rows of b
-// only, and where b of a product with a in registers has consecutive k.
+// The same where k runs along the rows of a and b in shared memory, where it runs along the rows of
+// b only, and where b of a product with a in registers has consecutive k.
 #define FA_WGMMA_SS_MN(n, count, types, a, b, p)                                            \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p                                        \
                ", 0;\n"                                                                     \

@@ -21,8 +21,8 @@ struct Pipeline {
   static FA_DEVICE Pipeline producer(uint32_t barriers) { return {barriers, 0, 1}; }
   static FA_DEVICE Pipeline consumer(uint32_t barriers) { return {barriers, 0, 0}; }
 
-  // A side's place after `turn` buffers, for those who count for several rings at once. kStages is a
-  // power of two.
+  // A side's place after `turn` buffers, for those who count for several rings at once. kStages is
+  // a power of two.
   static FA_DEVICE Pipeline producer_at(uint32_t barriers, uint32_t turn) {
     return {barriers, static_cast<int>(turn % kStages), turn / kStages % 2 ^ 1};
   }

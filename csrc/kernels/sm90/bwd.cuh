@@ -1,12 +1,14 @@
 // FlashAttention backward for Hopper: TMA copies, wgmma products, dQ by a warpgroup of its own.
 //
-// A CTA keeps 128 keys of one KV head and streams tiles of 64 queries, Q and dO, of the query heads
-// that read it, so that dK and dV are complete in one place. Four warpgroups:
+// Head_dim 64 to 128; above: bwd_pair.cuh. A CTA keeps 128 keys of one KV head and streams tiles of
+// 64 queries, Q and dO, of the query heads that read it, so that dK and dV are complete in one
+// place. Four warpgroups:
 //   producer      one thread starts all copies, a warp brings LSE and delta   bwd_producer.h
+//                 two warps add dQ up in global memory                        bwd_dq.h
 //   2 consumers   64 keys each, along the rows, so that P^T and dS^T are operands as they are:
 //                   S^T = K Q^T;    P = exp(S - lse);             dV += P^T dO
 //                   dP^T = V dO^T;  dS = P (dP - delta) -> smem;  dK += dS^T Q
-//   dQ            dQ = dS K, added up in fp32 in global memory                bwd_dq.h
+//   dQ            dQ = dS K, in fp32                                          bwd_dq.h
 // No consumer waits for the other's dS, so one computes while the other multiplies.
 // Memory, order of the products: bwd_layout.h. Barriers: a Pipeline each for K, V, Q with the
 // statistics, dO, and each consumer's dS.
@@ -28,6 +30,7 @@
 #include "kernels/sm90/bwd_producer.h"
 #include "kernels/tensor_map.h"
 #include "ptx/ldmatrix.h"
+#include "ptx/opaque.h"
 #include "ptx/stmatrix.h"
 #include "ptx/warpgroup.h"
 
@@ -38,10 +41,10 @@ template <class T, int kHeadDim, bool kScoreMod>
 struct BwdConsumer {
   using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
   static constexpr int kTileM = Layout::kTileM;
-  static constexpr int kFirstOwnBarrier = 1, kFirstTurnBarrier = 3;     // named barriers
-  using Scores = AccumTile<1, kTileM / 8>;                              // S^T or dP^T
-  using Operand = AFragments<1, kTileM / 16>;                           // P^T or dS^T
-  using Gradient = AccumTile<1, kHeadDim / 8>;                          // dK or dV
+  static constexpr int kFirstOwnBarrier = 1, kFirstTurnBarrier = 3;  // named barriers
+  using Scores = AccumTile<1, kTileM / 8>;                           // S^T or dP^T
+  using Operand = AFragments<1, kTileM / 16>;                        // P^T or dS^T
+  using Gradient = AccumTile<1, kHeadDim / 8>;                       // dK or dV
   using Statistic = BwdStatistic<kTileM / 8>;
   using Kept = AFragments<1, Layout::kKeptInRegs ? kHeadDim / 16 : 1>;  // K or V
 
@@ -103,8 +106,8 @@ struct BwdConsumer {
       if (Layout::kTakesTurns) pass_turn_to(consumer ^ 1);
       if (!Layout::kHasRoom) issue_dp(acc_dp, kept_v, tile, step);
       accumulate(acc_dv, probs, Layout::smem_dout(smem, q.stage));
-      const Statistic deltas =
-          load_statistic<kTileM / 8>(Layout::statistics(smem, q.stage) + Layout::kStatisticBytes, lane);
+      const Statistic deltas = load_statistic<kTileM / 8>(
+          Layout::statistics(smem, q.stage) + Layout::kStatisticBytes, lane);
       ptx::wgmma_wait_group<Layout::kHasRoom ? 1 : 0>();  // dP is complete
       ptx::wgmma_pin(acc_dp.x[0]);
       if (!Layout::kHasRoom) release_dout(acc_dv);
@@ -138,9 +141,11 @@ struct BwdConsumer {
       release_by_warp(q, lane);
       q = next;
     }
-    store_gradient<T>(acc_dv, tile, first_key(tile), {p.dv, p.dv_strides, p.head_dim_v}, 0,
+    // Found anew: the tile's numbers would fill registers throughout the loop.
+    const BwdTile stored = bwd_tile(p, launch, ptx::opaque(blockIdx.x));
+    store_gradient<T>(acc_dv, stored, first_key(stored), {p.dv, p.dv_strides, p.head_dim_v}, 0,
                       kScoreMod ? 256.f / p.score.keep_threshold : 1.f, lane);
-    store_gradient<T>(acc_dk, tile, first_key(tile), {p.dk, p.dk_strides, p.head_dim}, 0,
+    store_gradient<T>(acc_dk, stored, first_key(stored), {p.dk, p.dk_strides, p.head_dim}, 0,
                       p.score.softmax_scale, lane);
   }
 
@@ -206,8 +211,8 @@ struct BwdConsumer {
   }
 
   // Scores become P. passed: what dS needs of it if there are score modifications.
-  FA_DEVICE void to_probs(Scores acc, const BwdTile& tile, BwdStep step,
-                          const Statistic& minus_lse, Operand& probs, Operand& passed) const {
+  FA_DEVICE void to_probs(Scores acc, const BwdTile& tile, BwdStep step, const Statistic& minus_lse,
+                          Operand& probs, Operand& passed) const {
     const TransposedOrigin origin{first_key(tile), step.m_block * kTileM};
     const bool border =
         step.m_block < tile.blocks.full_begin || step.m_block >= tile.blocks.full_end;
@@ -218,9 +223,8 @@ struct BwdConsumer {
       if (border) apply_mask(acc, tile.mask, origin, lane);
       FA_UNROLL
       for (int k = 0; k < kTileM / 16; ++k)
-        modify_weights<T>(score_part(acc, k), mod,
-                          {origin.first_key, origin.first_query + 16 * k}, minus_lse.part(k), lane,
-                          probs.x[0][k], passed.x[0][k]);
+        modify_weights<T>(score_part(acc, k), mod, {origin.first_key, origin.first_query + 16 * k},
+                          minus_lse.part(k), lane, probs.x[0][k], passed.x[0][k]);
     } else {
       if (border) apply_mask(acc, tile.mask, origin, lane);
       to_weights(acc, launch.scale_log2, minus_lse);
@@ -329,9 +333,8 @@ int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream
                                (2 * (p.head_dim + p.head_dim_v) + 4 * kHeadDim);
   const bool deterministic = p.dq_semaphore != nullptr;
   // n_block 0 first, as under a causal mask most queries see it; deterministic: BwdStep.
-  launch.order =
-      TileOrder::of(grid, deterministic,
-                    deterministic ? 1 : l2_group_size(stream_bytes, 1, kBwdL2GroupBytes));
+  launch.order = TileOrder::of(
+      grid, deterministic, deterministic ? 1 : l2_group_size(stream_bytes, 1, kBwdL2GroupBytes));
   constexpr BwdTileConfig kTile = bwd_tile_config(Arch::kSm90, kHeadDim, MaskKind::kFull);
   constexpr bool kPair = kTile.num_ctas == 2;
   int num_sms = 0;
@@ -339,15 +342,13 @@ int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream
   if (error != cudaSuccess) return error;
   // With a margin of two: others may have some of the SMs.
   launch.heads_fit = 2 * kTile.num_ctas * grid.num_m_blocks <= num_sms;
-  // Clusters do not begin in the order of blockIdx, so a counter behind those of dQ deals out tiles.
+  // Clusters do not begin in the order of blockIdx, so a counter behind those of dQ deals out
+  // tiles.
   const int64_t rows = bwd_dq_accum_rows(p.seqlens_q.cu_seqlens != nullptr, p.batch_size,
                                          p.seqlens_q.max_seqlen, p.total_q, kBwdTileM);
   launch.next_tile = deterministic && kPair
                          ? p.dq_semaphore + bwd_dq_semaphores(rows, p.num_heads_q, kBwdTileM) - 1
                          : nullptr;
-#ifdef NOTICKET
-  launch.next_tile = nullptr;
-#endif
   error = encode_bwd_tensor_maps(p, launch);
   if (error != cudaSuccess) return error;
   if constexpr (kPair) {

@@ -23,9 +23,7 @@ struct BwdDq {
   int thread, lane;
 
   FA_DEVICE explicit BwdDq(uint32_t smem_base)
-      : smem(smem_base),
-        thread(threadIdx.x % kWarpgroupSize),
-        lane(threadIdx.x % kWarpSize) {}
+      : smem(smem_base), thread(threadIdx.x % kWarpgroupSize), lane(threadIdx.x % kWarpSize) {}
 
   FA_DEVICE void run(int num_steps) const {
     auto scores = Scores::consumer(smem + Layout::kScoresBarriers);
@@ -111,8 +109,8 @@ struct BwdDqAdder {
   }
 
   FA_DEVICE void add(const BwdTile& tile, BwdStep step) const {
-    const int64_t index = bwd_dq_tile_index(p, kBwdTileM, tile.batch, tile.q_seq.first_row,
-                                            step.m_block, step.head);
+    const int64_t index =
+        bwd_dq_tile_index(p, kBwdTileM, tile.batch, tile.q_seq.first_row, step.m_block, step.head);
     float* sums = p.dq_accum + index * (kParts * kPartElements);
     const bool in_turn = p.dq_semaphore != nullptr && lane == 0;
     if (in_turn) {

@@ -124,8 +124,8 @@ FA_DEVICE void store_gradient(const AccumTile<1, kN>& acc, const BwdTile& tile, 
     T* out = static_cast<T*>(to.tensor) + element_offset(to.strides.batch, to.strides.token,
                                                          to.strides.head, tile.batch,
                                                          tile.k_seq.first_row + key, tile.head_kv);
-    store_row_by_quad(out + first_col, acc.x[0], r, scale, !exists, stored,
-                      to.num_cols - first_col, lane);
+    store_row_by_quad(out + first_col, acc.x[0], r, scale, !exists, stored, to.num_cols - first_col,
+                      lane);
   }
 }
 

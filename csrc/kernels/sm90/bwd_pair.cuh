@@ -1,13 +1,13 @@
 // FlashAttention backward for Hopper, head_dim 192 and 256: two CTAs, a cluster, keep 128 keys.
 //
-// Each CTA keeps 64 keys of one KV head, both walk the same tiles of 64 queries, Q and dO, which
-// they load for each other. dK and dV of 64 keys are more than one warpgroup holds beside a tile of
-// scores, so two share their columns, and the work on the scores:
+// Each CTA keeps 64 keys of one KV head, both walk the same tiles of 64 queries. dK and dV of 64
+// keys are more than one warpgroup holds beside a tile of scores, so two share their columns, and
+// the work on the scores:
 //   producer   one thread starts the copies, a warp brings LSE and delta, one sends dS to the other
 //              CTA                                                         bwd_pair_producer.h
-//   probs      S^T = K Q^T;    P = exp(S - lse) -> smem;    low columns of dV += P^T dO, dK += dS^T Q
-//   dscores    dP^T = V dO^T;  dS = P (dP - delta) -> smem; high columns
-//   dQ         dQ = dS K of the 128 keys, half of the columns, added to fp32 sums in global memory
+//   probs      S^T = K Q^T;    P = exp(S - lse) -> smem;    low columns of dV += P^T dO, dK += dS^T
+//   Q dscores    dP^T = V dO^T;  dS = P (dP - delta) -> smem; high columns dQ         dQ = dS K of
+//   the 128 keys, half of the columns, added to fp32 sums in global memory
 //              from registers                                              bwd_pair_dq.h
 // S of the next step runs while dS of this one is computed, dP of the next one while P is.
 // Memory: bwd_pair_layout.h. Rows past the end of a sequence: bwd_elements.h.
@@ -34,9 +34,9 @@ template <class T, int kHeadDim, bool kScoreMod>
 struct BwdPairConsumer {
   using Layout = BwdPairLayout<T, kHeadDim, kScoreMod>;
   static constexpr int kTileM = Layout::kTileM;
-  using Scores = AccumTile<1, kTileM / 8>;          // S^T or dP^T
-  using Operand = AFragments<1, kTileM / 16>;       // P^T or dS^T
-  using Low = AccumTile<1, Layout::kLow / 8>;       // of dV or dK
+  using Scores = AccumTile<1, kTileM / 8>;     // S^T or dP^T
+  using Operand = AFragments<1, kTileM / 16>;  // P^T or dS^T
+  using Low = AccumTile<1, Layout::kLow / 8>;  // of dV or dK
   using High = AccumTile<1, Layout::kHigh / 8>;
 
   const BwdParams& p;
@@ -44,6 +44,7 @@ struct BwdPairConsumer {
   uint32_t smem;
   int rank, lane, warp_row;
   int barrier;  // named barrier of the warpgroup
+  typename Layout::DoutPipeline dout;
 
   FA_DEVICE BwdPairConsumer(const BwdParams& params, const BwdLaunch& bwd_launch,
                             uint32_t smem_base, int cluster_rank, int named_barrier)
@@ -53,17 +54,12 @@ struct BwdPairConsumer {
         rank(cluster_rank),
         lane(threadIdx.x % kWarpSize),
         warp_row(threadIdx.x / kWarpSize % 4 * 16),
-        barrier(named_barrier) {}
+        barrier(named_barrier),
+        dout(Layout::DoutPipeline::consumer(smem_base + Layout::kDoutBarriers)) {}
 
   // The rings at step n.
   FA_DEVICE typename Layout::StreamPipeline q_at(uint32_t n) const {
     return Layout::StreamPipeline::consumer_at(smem + Layout::kQBarriers, n);
-  }
-  FA_DEVICE typename Layout::DoutPipeline dout_low_at(uint32_t n) const {
-    return Layout::DoutPipeline::consumer_at(smem + Layout::kDoutBarriers, 2 * n);
-  }
-  FA_DEVICE typename Layout::DoutPipeline dout_high_at(uint32_t n) const {
-    return Layout::DoutPipeline::consumer_at(smem + Layout::kDoutBarriers, 2 * n + 1);
   }
   FA_DEVICE typename Layout::ScoresPipeline probs_at(uint32_t n) const {
     return Layout::ScoresPipeline::consumer_at(smem + Layout::kProbsBarriers, n);
@@ -90,7 +86,12 @@ struct BwdPairConsumer {
     part.wait_full();
     clear_stream(tile, step, rows);
   }
-  // dV and dK from a column on. The tile is found anew: its numbers would fill registers throughout.
+  FA_DEVICE void release_dout() {
+    release_by_warp(dout, lane);
+    dout.advance();
+  }
+  // dV and dK from a column on. The tile is found anew: its numbers would fill registers
+  // throughout.
   template <class Dv, class Dk>
   FA_DEVICE void store(const Dv& acc_dv, const Dk& acc_dk, int dv_column, int dk_column,
                        int index) const {
@@ -120,10 +121,8 @@ template <class T, int kHeadDim, bool kScoreMod>
 struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
   using Base = BwdPairConsumer<T, kHeadDim, kScoreMod>;
   using Layout = typename Base::Layout;
-  using Base::Base, Base::p, Base::launch, Base::smem, Base::lane, Base::kTileM;
+  using Base::Base, Base::p, Base::launch, Base::smem, Base::lane, Base::dout, Base::kTileM;
   using TileHighQ = SwizzledTile<kTileM, Layout::kHigh>;
-  // dK runs beside the next step's exponentials, if its dS need not make room for their P.
-  static constexpr bool kDkRunsOn = Layout::kScoresStages > 1;
 
   FA_DEVICE void run(const BwdTile& tile, int index) {
     typename Base::Low acc_dv;
@@ -148,15 +147,8 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(this->probs_at(n).full());
 
-      if (kDkRunsOn) {
-        ptx::wgmma_wait_group<0>();  // dK of the last step is complete
-        ptx::wgmma_pin(acc_dk.x[0]);
-        if (n > 0) release_step(n - 1);
-      }
-
-      const typename Layout::TileLow dout_low{
-          Layout::smem_dout(smem, this->dout_low_at(n).stage)};
-      this->wait_for_dout(this->dout_low_at(n), tile, step, dout_low);
+      const typename Layout::TileLow dout_low{Layout::smem_dout(smem, dout.stage)};
+      this->wait_for_dout(dout, tile, step, dout_low);
       this->accumulate(acc_dv, operand, dout_low);
       // Behind the last step, S is that of some old tile, which nobody reads: products of a group
       // are not to be skipped by a branch.
@@ -167,28 +159,21 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
       issue_scores(acc_s, this->q_at(n + 1).stage);
       ptx::wgmma_wait_group<1>();  // dV is complete
       ptx::wgmma_pin(acc_dv.x[0]);
-      release_by_warp(this->dout_low_at(n), lane);
+      this->release_dout();
       this->scores_at(n).wait_full();
       this->accumulate(acc_dk, Layout::smem_scores(smem, this->scores_at(n).stage),
                        TileHighQ{Layout::smem_q(smem, this->q_at(n).stage).base});
-      this->dout_high_at(n).wait_full();  // not for this warpgroup
-      release_by_warp(this->dout_high_at(n), lane);
-      ptx::wgmma_wait_group<kDkRunsOn ? 1 : 0>();  // S is complete
+      dout.wait_full();  // the high part, not for this warpgroup
+      this->release_dout();
+      ptx::wgmma_wait_group<0>();
       ptx::wgmma_pin(acc_s.x[0]);
-      if (!kDkRunsOn) {
-        ptx::wgmma_pin(acc_dk.x[0]);
-        release_step(n);
-      }
+      ptx::wgmma_pin(acc_dk.x[0]);
+      release_by_warp(this->scores_at(n), lane);
+      release_by_warp(this->q_at(n), lane);
     }
-    ptx::wgmma_wait_group<0>();
-    ptx::wgmma_pin(acc_dk.x[0]);
     this->store(acc_dv, acc_dk, 0, 0, index);
   }
 
-  FA_DEVICE void release_step(int n) const {
-    release_by_warp(this->scores_at(n), lane);
-    release_by_warp(this->q_at(n), lane);
-  }
   FA_DEVICE void wait_for_q(const typename Layout::StreamPipeline& queries, const BwdTile& tile,
                             BwdStep step) const {
     queries.wait_full();
@@ -221,7 +206,7 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
       const BwdStatistic<2> minus_lse =
           load_statistic<2>(statistics + k * 16 * sizeof(float), lane);
       AccumTile<1, 2> part = score_part(acc, k);
-      uint32_t(&probs)[4] = operand.x[0][k];
+      uint32_t (&probs)[4] = operand.x[0][k];
       if constexpr (kScoreMod) {
         uint32_t passed[4];
         modify_weights<T>(part, mod, {origin.first_key, origin.first_query + 16 * k}, minus_lse,
@@ -247,7 +232,7 @@ template <class T, int kHeadDim, bool kScoreMod>
 struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
   using Base = BwdPairConsumer<T, kHeadDim, kScoreMod>;
   using Layout = typename Base::Layout;
-  using Base::Base, Base::p, Base::launch, Base::smem, Base::lane, Base::kTileM;
+  using Base::Base, Base::p, Base::launch, Base::smem, Base::lane, Base::dout, Base::kTileM;
 
   using TileLowQ = typename Layout::TileLow;
   static constexpr int kFirstQ = Layout::kHigh / 64 * Layout::TileStream::kSlabBytes;
@@ -262,58 +247,58 @@ struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
     typename Base::Scores acc_dp;
     BwdStep step = BwdStep::first(p, launch, tile);
     this->wait_for_kept(tile, Layout::smem_v(smem), Layout::kVBarriers);
-    issue_dp_low(acc_dp, tile, step, 0);
-    issue_dp_high(acc_dp, tile, step, 0);
+    issue_dp_low(acc_dp, tile, step, true);
+    issue_dp_high(acc_dp, tile, step, true);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_pin(acc_dp.x[0]);
 #pragma unroll 1
     for (int n = 0; n < tile.num_steps; ++n) {
       // dP of this step is complete.
-      release_by_warp(this->dout_low_at(n), lane);
+      this->release_dout();  // the low part
       this->q_at(n).wait_full();
       this->probs_at(n).wait_full();
       const typename Base::Operand operand = load_probs(n);
       this->accumulate(acc_dv, operand,
-                       typename Layout::TileHigh{
-                           Layout::smem_dout(smem, this->dout_high_at(n).stage)});
+                       typename Layout::TileHigh{Layout::smem_dout(smem, dout.stage)});
       to_dscores_of_step(operand, acc_dp, n);
       this->scores_at(n).wait_full();  // all warps of the warpgroup have stored
       this->accumulate(acc_dk, Layout::smem_scores(smem, this->scores_at(n).stage),
                        TileLowQ{Layout::smem_q(smem, this->q_at(n).stage).base + kFirstQ});
       ptx::wgmma_wait_group<1>();  // dV is complete
       ptx::wgmma_pin(acc_dv.x[0]);
-      release_by_warp(this->dout_high_at(n), lane);
-      if (n + 1 < tile.num_steps) step.advance(tile.blocks);
-      issue_dp_low(acc_dp, tile, step, n + 1);
+      this->release_dout();  // the high part
+      // Behind the last step, dP is of some old tile, which nobody reads.
+      const bool is_new = n + 1 < tile.num_steps;
+      if (is_new) step.advance(tile.blocks);
+      issue_dp_low(acc_dp, tile, step, is_new);
       ptx::wgmma_wait_group<1>();  // dK is complete
       ptx::wgmma_pin(acc_dk.x[0]);
       release_by_warp(this->scores_at(n), lane);
       release_by_warp(this->q_at(n), lane);
-      issue_dp_high(acc_dp, tile, step, n + 1);
+      issue_dp_high(acc_dp, tile, step, is_new);
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_pin(acc_dp.x[0]);
     }
     this->store(acc_dv, acc_dk, Layout::kLow, Layout::kHigh, index);
   }
 
-  // dP = V dO^T over the low columns, then over the high ones. Behind the last step, of some old
-  // tile, which nobody reads.
+  // dP = V dO^T over the low columns, then over the high ones, which lie in the next buffer.
   FA_DEVICE void issue_dp_low(typename Base::Scores& acc, const BwdTile& tile, BwdStep step,
-                              int n) const {
-    const auto part = this->dout_low_at(n);
-    const typename Layout::TileLow rows{Layout::smem_dout(smem, part.stage)};
-    if (n < tile.num_steps) this->wait_for_dout(part, tile, step, rows);
+                              bool is_new) const {
+    const typename Layout::TileLow rows{Layout::smem_dout(smem, dout.stage)};
+    if (is_new) this->wait_for_dout(dout, tile, step, rows);
     ptx::wgmma_pin(acc.x[0]);
     ptx::wgmma_fence();
     warpgroup_gemm_abt<T>(acc, SwizzledTile<Layout::kKeys, Layout::kLow>{smem + Layout::kV}, rows);
     ptx::wgmma_commit_group();
   }
   FA_DEVICE void issue_dp_high(typename Base::Scores& acc, const BwdTile& tile, BwdStep step,
-                               int n) const {
+                               bool is_new) const {
     constexpr int kHighSlab = Layout::kLow / 64 * Layout::TileKept::kSlabBytes;
-    const auto part = this->dout_high_at(n);
-    const typename Layout::TileHigh rows{Layout::smem_dout(smem, part.stage)};
-    if (n < tile.num_steps) this->wait_for_dout(part, tile, step, rows);
+    auto high = dout;
+    high.advance();
+    const typename Layout::TileHigh rows{Layout::smem_dout(smem, high.stage)};
+    if (is_new) this->wait_for_dout(high, tile, step, rows);
     ptx::wgmma_fence();
     warpgroup_gemm_abt<T>(
         acc, SwizzledTile<Layout::kKeys, Layout::kHigh>{smem + Layout::kV + kHighSlab}, rows, true);
@@ -336,8 +321,7 @@ struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
   // dS takes the place of P in shared memory: this warp has read its rows.
   FA_DEVICE void to_dscores_of_step(const typename Base::Operand& operand,
                                     const typename Base::Scores& acc_dp, int n) const {
-    const uint32_t deltas =
-        Layout::statistics(smem, this->q_at(n).stage) + Layout::kStatisticBytes;
+    const uint32_t deltas = Layout::statistics(smem, this->q_at(n).stage) + Layout::kStatisticBytes;
     const uint32_t to = Layout::smem_scores(smem, this->scores_at(n).stage)
                             .chunk_address(this->warp_row + lane % 16, lane / 16);
     __syncwarp();
@@ -393,12 +377,11 @@ __global__ void __cluster_dims__(2, 1, 1)
     if (threadIdx.x == 0) BwdPairProducer<Layout>(p, launch, smem_base, rank).run(tile);
     if (warp == 1) BwdStatistics<Layout>{p, launch, smem_base, lane}.run(tile);
     if (threadIdx.x == 2 * kWarpSize) send_dscores<Layout>(tile, smem_base, 1 - rank);
-    if (warp == 3) BwdPairDqAdder<Layout>{p, launch, smem_base, rank, lane}.run(tile);
     __syncwarp();
   } else if (warpgroup == 1) {
     ptx::setmaxnreg_dec<Layout::kRegisters.dq>();
     const BwdTile tile = bwd_tile(p, launch, index);
-    if (tile.num_steps > 0) BwdPairDq<T, Layout>(p, smem_base, rank).run(tile);
+    if (tile.num_steps > 0) BwdPairDq<T, Layout>(p, launch, smem_base, rank).run(tile);
   } else {
     ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
     const BwdTile tile = bwd_tile(p, launch, index);
@@ -407,11 +390,9 @@ __global__ void __cluster_dims__(2, 1, 1)
       const int thread = threadIdx.x - 2 * kWarpgroupSize + rank * 2 * kWarpgroupSize;
       clear_gradients<T, kThreads>(p, launch, tile, thread);
     } else if (warpgroup == 2) {
-      BwdPairProbs<T, kHeadDim, kScoreMod>(p, launch, smem_base, rank, Layout::kProbsBarrier)
-          .run(tile, index);
+      BwdPairProbs<T, kHeadDim, kScoreMod>(p, launch, smem_base, rank, 1).run(tile, index);
     } else {
-      BwdPairDscores<T, kHeadDim, kScoreMod>(p, launch, smem_base, rank, Layout::kDscoresBarrier)
-          .run(tile, index);
+      BwdPairDscores<T, kHeadDim, kScoreMod>(p, launch, smem_base, rank, 2).run(tile, index);
     }
   }
   ptx::cluster_sync();  // nobody arrives at this CTA's barriers or writes its memory any more

@@ -1,14 +1,10 @@
-// The warpgroup of the SM90 backward of large head_dim that computes dQ = dS K, and the warp that
-// adds dQ up.
-//
-// A CTA has dS of all keys of the pair and some columns of dQ, slabs of 64, which pass through
-// shared memory one at a time, as in bwd_dq.h.
+// The warpgroup of the SM90 backward of large head_dim that computes dQ = dS K of all keys of the
+// pair, some columns in each CTA, and adds it to dq_accum from registers: [column / 8][thread][4]
+// floats a tile of queries, as bwd_postprocess.cuh reads them.
 #pragma once
 #include "kernels/sm90/bwd_elements.h"
 #include "kernels/sm90/bwd_pair_layout.h"
-#include "ptx/barrier.h"
 #include "ptx/reduction.h"
-#include "ptx/tma.h"
 
 namespace fa {
 
@@ -16,15 +12,21 @@ template <class T, class Layout>
 struct BwdPairDq {
   using Scores = typename Layout::ScoresPipeline;
   using Kept = typename Layout::KeptPipeline;
+  static constexpr int kBarrier = 3;  // named barrier
+  static constexpr int kHeadDim = Layout::TileKept::kCols;
   using Accum = AccumTile<1, 8>;
 
   const BwdParams& p;
+  const BwdLaunch& launch;
   uint32_t smem;
   int rank, thread, lane;
   Scores scores, peer_scores;
+  int64_t turn = -1;  // deterministic: tile of queries whose additions are not announced
 
-  FA_DEVICE BwdPairDq(const BwdParams& params, uint32_t smem_base, int cluster_rank)
+  FA_DEVICE BwdPairDq(const BwdParams& params, const BwdLaunch& bwd_launch, uint32_t smem_base,
+                      int cluster_rank)
       : p(params),
+        launch(bwd_launch),
         smem(smem_base),
         rank(cluster_rank),
         thread(threadIdx.x % kWarpgroupSize),
@@ -38,26 +40,38 @@ struct BwdPairDq {
     Kept::consumer(smem + Layout::kSharedBarriers).wait_full();
     clear_rows_behind(shared,
                       tile.k_seq.seqlen - tile.n_block * kBwdTileN - (1 - rank) * Layout::kKeys,
-                      p.seqlens_k, Layout::kDqBarrier);
+                      p.seqlens_k, kBarrier);
+    BwdStep step = BwdStep::first(p, launch, tile);
 #pragma unroll 1
     for (int n = 0; n < tile.num_steps; ++n) {
-      const Range slabs = Layout::dq_slabs(rank, n);
+      const int64_t index = bwd_dq_tile_index(p, kBwdTileM, tile.batch, tile.q_seq.first_row,
+                                              step.m_block, step.head);
+      const int num_slabs = Layout::num_dq_slabs(rank, n);
+      const int end = rank == 0 ? num_slabs : Layout::kSlabs;
       scores.wait_full();
       ptx::mbarrier_wait_cluster(peer_scores.full(), peer_scores.parity);
 #pragma unroll 1
-      for (int slab = slabs.begin; slab < slabs.end; ++slab) {
+      for (int slab = end - num_slabs; slab < end; ++slab) {
         Accum acc;
-        multiply(acc, slab);
-        if (slab == slabs.end - 1) release_in_pair(scores, lane);
-        hand_over(acc);
+        issue(acc, slab);
+        // While it runs: the last additions have arrived by now.
+        end_turn();
+        ptx::wgmma_wait_group<0>();
+        ptx::wgmma_pin(acc.x[0]);
+        if (slab == end - 1) release_in_pair(scores, lane);
+        if (slab == end - num_slabs) wait_for_turn(tile, step, index);
+        add(acc, index, slab);
       }
+      if (p.dq_semaphore != nullptr) turn = index;
       scores.advance();
       peer_scores.advance();
+      step.advance(tile.blocks);
     }
+    end_turn();
   }
 
   // dS K of all keys, 64 columns.
-  FA_DEVICE void multiply(Accum& acc, int slab) const {
+  FA_DEVICE void issue(Accum& acc, int slab) const {
     using Columns = SwizzledTile<Layout::kKeys, 64>;
     const Columns own{smem + Layout::kK + slab * Columns::kBytes};
     const Columns others{smem + Layout::kShared +
@@ -67,72 +81,31 @@ struct BwdPairDq {
     warpgroup_gemm_atb<T>(acc, Layout::smem_scores(smem, scores.stage), own, false);
     warpgroup_gemm_atb<T>(acc, Layout::smem_peer_scores(smem, peer_scores.stage), others, true);
     ptx::wgmma_commit_group();
-    ptx::wgmma_wait_group<0>();
-    ptx::wgmma_pin(acc.x[0]);
   }
 
-  FA_DEVICE void hand_over(const Accum& acc) const {
-    ptx::bar_sync(Layout::kDqEmpty, Layout::kDqThreads);  // the last sums have been read
+  FA_DEVICE void add(const Accum& acc, int64_t index, int slab) const {
+    float* sums =
+        p.dq_accum + index * (kBwdTileM * kHeadDim) + (slab * 8 * kWarpgroupSize + thread) * 4;
     FA_UNROLL
-    for (int n = 0; n < 8; ++n) {
-      const float (&x)[4] = acc.x[0][n];
-      ptx::st_shared_v4(smem + Layout::kDq + (n * kWarpgroupSize + thread) * 16,
-                        uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
-                              __float_as_uint(x[3])});
-    }
-    ptx::fence_proxy_async();
-    ptx::bar_arrive(Layout::kDqFull, Layout::kDqThreads);
-  }
-};
-
-// The warp that adds dQ's sums up in global memory.
-template <class Layout>
-struct BwdPairDqAdder {
-  const BwdParams& p;
-  const BwdLaunch& launch;
-  uint32_t smem;
-  int rank, lane;
-
-  FA_DEVICE void run(const BwdTile& tile) const {
-    if (tile.num_steps > 0) ptx::bar_arrive(Layout::kDqEmpty, Layout::kDqThreads);
-    BwdStep step = BwdStep::first(p, launch, tile);
-#pragma unroll 1
-    for (int n = 0; n < tile.num_steps; ++n) {
-      add(tile, step, Layout::dq_slabs(rank, n));
-      step.advance(tile.blocks);
-    }
-    if (lane == 0) ptx::cp_async_bulk_wait_group<0>();
+    for (int n = 0; n < 8; ++n)
+      ptx::red_global_add_v4_f32(sums + n * (4 * kWarpgroupSize), acc.x[0][n]);
   }
 
-  FA_DEVICE void add(const BwdTile& tile, BwdStep step, Range slabs) const {
-    const int64_t index = bwd_dq_tile_index(p, kBwdTileM, tile.batch, tile.q_seq.first_row,
-                                            step.m_block, step.head);
-    const bool in_turn = p.dq_semaphore != nullptr && lane == 0;
-    if (in_turn) {
-      // The counter says how many CTAs have added to the tile of queries.
-      const int turn = Layout::kCtas * bwd_turn(launch, tile, step.m_block);
-      while (ptx::ld_acquire_gpu_s32(p.dq_semaphore + index) < turn) {
+  // Deterministic: the counter says how many CTAs have added to the tile of queries.
+  FA_DEVICE void wait_for_turn(const BwdTile& tile, BwdStep step, int64_t index) const {
+    if (p.dq_semaphore == nullptr) return;
+    if (thread == 0) {
+      const int before = Layout::kCtas * bwd_turn(launch, tile, step.m_block);
+      while (ptx::ld_acquire_gpu_s32(p.dq_semaphore + index) < before) {
       }
     }
-    __syncwarp();
-    constexpr int kSlabElements = Layout::kDqBytes / static_cast<int>(sizeof(float));
-#pragma unroll 1
-    for (int slab = slabs.begin; slab < slabs.end; ++slab) {
-      ptx::bar_sync(Layout::kDqFull, Layout::kDqThreads);
-      if (lane == 0) {
-        ptx::cp_reduce_async_bulk_add_f32(
-            p.dq_accum + (index * Layout::kSlabs + slab) * kSlabElements, smem + Layout::kDq,
-            Layout::kDqBytes);
-        ptx::cp_async_bulk_commit_group();
-        ptx::cp_async_bulk_wait_group_read<0>();
-      }
-      __syncwarp();
-      ptx::bar_arrive(Layout::kDqEmpty, Layout::kDqThreads);
-    }
-    if (in_turn) {
-      ptx::cp_async_bulk_wait_group<0>();
-      ptx::red_release_gpu_add_s32(p.dq_semaphore + index, 1);
-    }
+    ptx::bar_sync(kBarrier, kWarpgroupSize);
+  }
+  FA_DEVICE void end_turn() {
+    if (turn < 0) return;
+    ptx::bar_sync(kBarrier, kWarpgroupSize);
+    if (thread == 0) ptx::red_release_gpu_add_s32(p.dq_semaphore + turn, 1);
+    turn = -1;
   }
 };
 

@@ -11,37 +11,34 @@ namespace fa {
 
 template <class T, int kHeadDim, bool kScoreMod>
 struct BwdPairLayout {
+  static constexpr BwdTileConfig kTile = bwd_tile_config(Arch::kSm90, kHeadDim, MaskKind::kFull);
   static constexpr int kTileM = kBwdTileM, kKeys = 64;  // keys of a CTA
-  static constexpr int kCtas = 2;
-  static constexpr int kThreads = 4 * kWarpgroupSize;
+  static constexpr int kCtas = kTile.num_ctas;
+  static constexpr int kThreads = bwd_num_threads(Arch::kSm90, kTile);
   static constexpr BwdRegisters kRegisters = sm90_bwd_registers(kHeadDim);
   static constexpr int kSlabs = kHeadDim / 64;
-  static_assert(kBwdTileN == kCtas * kKeys && kHeadDim % 64 == 0 && kSlabs > 2);
+  static_assert(kTile.tile_m == kTileM && kTile.tile_n == kBwdTileN && kBwdTileN == 2 * kKeys);
+  static_assert(kCtas == 2 && kThreads == 4 * kWarpgroupSize && kHeadDim % 64 == 0 && kSlabs > 2);
 
   // Columns of dV and of dK: the first of one warpgroup, the rest of the other. dO comes in these
   // two parts, a ring of buffers of the larger one.
   static constexpr int kLow = 128, kHigh = kHeadDim - kLow;
-  static constexpr int kStages = 2;                          // of Q
-  static constexpr int kDoutStages = kHeadDim > 192 || kScoreMod ? 2 : 4;  // of parts of dO
-  // P, then dS, of a step; and as many of the other CTA's dS.
-  static constexpr int kScoresStages = kScoreMod && kHeadDim > 192 ? 1 : 2;
+  static constexpr int kStages = kTile.num_q_stages;
+  static constexpr int kDoutStages = kTile.num_dout_stages;
+  // P, then dS, of a step; and as many of the other CTA's dS. Score modifications pass more between
+  // the warpgroups, for which one has to go.
+  static constexpr int kScoresStages = kScoreMod && kHeadDim > 192 ? 1 : kTile.num_ds_stages;
 
   using TileKept = SwizzledTile<kKeys, kHeadDim>;     // K or V
   using TileShared = SwizzledTile<kKeys, kLow>;       // of the other CTA's K
   using TileStream = SwizzledTile<kTileM, kHeadDim>;  // Q
   using TileLow = SwizzledTile<kTileM, kLow>;         // part of dO
   using TileHigh = SwizzledTile<kTileM, kHigh>;
-  using TileScores = SwizzledTile<kKeys, kTileM>;     // dS; rows are keys
+  using TileScores = SwizzledTile<kKeys, kTileM>;  // dS; rows are keys
   using KeptPipeline = Pipeline<1>;
   using StreamPipeline = Pipeline<kStages>;
   using DoutPipeline = Pipeline<kDoutStages>;
   using ScoresPipeline = Pipeline<kScoresStages>;
-
-  static constexpr int kDqBytes = kTileM * 64 * static_cast<int>(sizeof(float));  // a slab
-  // Named barriers: of the consumers, of dQ, and of the slab of dQ in shared memory.
-  static constexpr int kProbsBarrier = 1, kDscoresBarrier = 2, kDqBarrier = 3;
-  static constexpr int kDqFull = 4, kDqEmpty = 5;
-  static constexpr int kDqThreads = kWarpgroupSize + kWarpSize;
 
   static constexpr int kStatisticBytes = kTileM * static_cast<int>(sizeof(float));
   static constexpr int kK = 0, kV = kK + TileKept::kBytes;
@@ -51,8 +48,7 @@ struct BwdPairLayout {
   static constexpr int kScores = kDout + kDoutStages * TileLow::kBytes;
   static constexpr int kPeerScores = kScores + kScoresStages * TileScores::kBytes;
   static constexpr int kPassed = kPeerScores + kScoresStages * TileScores::kBytes;
-  static constexpr int kDq = kPassed + (kScoreMod ? TileScores::kBytes : 0);
-  static constexpr int kStatistics = kDq + kDqBytes;
+  static constexpr int kStatistics = kPassed + (kScoreMod ? TileScores::kBytes : 0);
   static constexpr int kKBarriers = kStatistics + kStages * 2 * kStatisticBytes;
   static constexpr int kVBarriers = kKBarriers + KeptPipeline::kBarrierBytes;
   static constexpr int kSharedBarriers = kVBarriers + KeptPipeline::kBarrierBytes;
@@ -62,7 +58,8 @@ struct BwdPairLayout {
   static constexpr int kScoresBarriers = kProbsBarriers + ScoresPipeline::kBarrierBytes;
   static constexpr int kPeerBarriers = kScoresBarriers + ScoresPipeline::kBarrierBytes;
   static constexpr int kSmemBytes = kPeerBarriers + ScoresPipeline::kBarrierBytes;
-  static_assert(kSmemBytes <= max_smem_bytes(Arch::kSm90));
+  static_assert(kSmemBytes <=
+                (kScoreMod ? max_smem_bytes(Arch::kSm90) : sm90_bwd_smem_bytes(kTile, kHeadDim)));
 
   static FA_DEVICE TileKept smem_k(uint32_t smem) { return {smem + kK}; }
   static FA_DEVICE TileKept smem_v(uint32_t smem) { return {smem + kV}; }
@@ -86,9 +83,8 @@ struct BwdPairLayout {
   // Columns of dQ that a CTA adds up of all keys of the pair, in slabs of 64: two of four, or of
   // three two and one by turns. They begin at the first slab or end with the last one.
   static FA_DEVICE int first_shared_slab(int rank) { return rank == 0 ? 0 : kSlabs - 2; }
-  static FA_DEVICE Range dq_slabs(int rank, int step) {
-    const int size = kSlabs == 4 || (step + rank) % 2 == 0 ? 2 : 1;
-    return rank == 0 ? Range{0, size} : Range{kSlabs - size, kSlabs};
+  static FA_DEVICE int num_dq_slabs(int rank, int step) {
+    return kSlabs == 4 || (step + rank) % 2 == 0 ? 2 : 1;
   }
 
   static FA_DEVICE void init_barriers(uint32_t smem) {

@@ -24,23 +24,24 @@ struct BwdPairProducer {
         q(Layout::StreamPipeline::producer(smem_base + Layout::kQBarriers)),
         dout(Layout::DoutPipeline::producer(smem_base + Layout::kDoutBarriers)) {}
 
-  // Q of a step goes first: with two buffers for parts of dO, the probs warpgroup waits for it
-  // before it releases the last step's.
+  // In the order in which buffers become free: the high part of dO(j) takes the place of the low
+  // part of dO(j - 1).
   FA_DEVICE void run(const BwdTile& tile) {
+    if (tile.num_steps == 0) return;
     BwdStep step = BwdStep::first(p, launch, tile);
-#pragma unroll 1
-    for (int n = 0; n < tile.num_steps; ++n) {
-      load_stream(q, tile, step, 0, &launch.q, Layout::smem_q(smem, q.stage));
-      if (n == 0)
-        load_kept(tile, rank, 0, &launch.k, Layout::smem_k(smem), Layout::kKBarriers);
-      load_dout<typename Layout::TileLow>(tile, step, 0);
-      if (n == 0)
-        load_kept(tile, rank, 0, &launch.v, Layout::smem_v(smem), Layout::kVBarriers);
+    load_q(tile, step);
+    load_kept(tile, rank, 0, &launch.k, Layout::smem_k(smem), Layout::kKBarriers);
+    load_dout<typename Layout::TileLow>(tile, step, 0);
+    load_kept(tile, rank, 0, &launch.v, Layout::smem_v(smem), Layout::kVBarriers);
+    for (int n = 0;; ++n) {
       load_dout<typename Layout::TileHigh>(tile, step, Layout::kLow);
       if (n == 0)
         load_kept(tile, 1 - rank, Layout::first_shared_slab(rank) * 64, &launch.k,
                   typename Layout::TileShared{smem + Layout::kShared}, Layout::kSharedBarriers);
+      if (n + 1 == tile.num_steps) break;
       step.advance(tile.blocks);
+      load_dout<typename Layout::TileLow>(tile, step, 0);
+      load_q(tile, step);
     }
   }
 
@@ -50,11 +51,14 @@ struct BwdPairProducer {
                            int barriers) const {
     const auto pipeline = Layout::KeptPipeline::producer(smem + barriers);
     ptx::mbarrier_arrive_expect_tx(pipeline.full(), Tile::kBytes);
-    const int row = static_cast<int>(tile.k_seq.first_row) + tile.n_block * kBwdTileN +
-                    of_rank * Layout::kKeys;
+    const int row =
+        static_cast<int>(tile.k_seq.first_row) + tile.n_block * kBwdTileN + of_rank * Layout::kKeys;
     load_tile_tma(rows, map,
                   {column, row, tile.head_kv, p.seqlens_k.cu_seqlens != nullptr ? 0 : tile.batch},
                   pipeline.full(), ptx::kL2EvictFirst);
+  }
+  FA_DEVICE void load_q(const BwdTile& tile, BwdStep step) {
+    load_stream(q, tile, step, 0, &launch.q, Layout::smem_q(smem, q.stage));
   }
   template <class Part>
   FA_DEVICE void load_dout(const BwdTile& tile, BwdStep step, int column) {

@@ -49,8 +49,8 @@ FA_DEVICE BwdTile bwd_tile(const BwdParams& p, const BwdLaunch& launch, int inde
 // Deterministic: tiles of keys add to a tile of queries in an order that is theirs alone. With no
 // mask and all tiles of a head running, tile n begins at block n * size / num_n_blocks of queries,
 // and the order is that of the walks: no tile waits for another. Else all begin at their first
-// block, and the order is from the last tile of keys down, as they are dealt out, so that whoever is
-// waited for already runs; under a causal mask tile n meets a block two steps after tile n + 1.
+// block, and the order is from the last tile of keys down, as they are dealt out, so that whoever
+// is waited for already runs; under a causal mask tile n meets a block two steps after tile n + 1.
 FA_DEVICE bool walks_in_circle(const BwdLaunch& launch, const MaskSpec& mask) {
   return launch.heads_fit && mask.window_left == kUnbounded && mask.window_right == kUnbounded;
 }
