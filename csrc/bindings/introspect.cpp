@@ -311,7 +311,7 @@ void define_tiles(py::module_& m) {
         py::arg("num_q_stages") = c.num_q_stages, py::arg("num_dout_stages") = c.num_dout_stages,
         py::arg("num_ds_stages") = c.num_ds_stages, py::arg("num_warps") = c.num_warps,
         py::arg("v_in_regs") = c.v_in_regs, py::arg("dq_through_smem") = c.dq_through_smem,
-        py::arg("num_threads") = bwd_num_threads(arch, c),
+        py::arg("num_ctas") = c.num_ctas, py::arg("num_threads") = bwd_num_threads(arch, c),
         py::arg("smem_bytes") = bwd_smem_bytes(c, built),
         py::arg("accum_regs") = bwd_accum_regs(c, built));
   };

@@ -31,9 +31,10 @@ FA_HD constexpr int64_t bwd_dq_accum_elements(int64_t rows, int num_heads_q, int
   return rows * num_heads_q * head_dim;
 }
 
-// One counter for each (tile, head): how many of its additions are done (deterministic only).
+// One counter for each (tile, head): how many of its additions are done (deterministic only). And
+// one that deals out tiles of keys.
 FA_HD constexpr int64_t bwd_dq_semaphores(int64_t rows, int num_heads_q, int tile_m) {
-  return rows / tile_m * num_heads_q;
+  return rows / tile_m * num_heads_q + 1;
 }
 
 // The same for (tile of keys, KV head), tiles as in dq_accum: how many splits have added to it.

@@ -194,11 +194,12 @@ FA_HD constexpr WarpgroupRegisters warpgroup_registers(int num_consumer_warpgrou
 struct BwdTileConfig {
   int tile_m, tile_n;    // rows of Q and dO per step, rows of K and V that a CTA keeps
   int num_q_stages;      // Q buffers
-  int num_dout_stages;   // dO buffers
+  int num_dout_stages;   // dO buffers; pairs: of parts of 128 columns
   int num_ds_stages;     // P or dS buffers, [tile_m, tile_n]
   int num_warps;         // that compute; SM90 adds a producer warpgroup and one for dQ
   bool v_in_regs;        // V passes through Q's and dO's buffers and keeps none
   bool dq_through_smem;  // dQ is staged in fp32 for a bulk reduction; else added from registers
+  int num_ctas = 1;      // 2: pairs of CTAs, half of the keys each
 };
 
 // K and V stay, Q and dO stream: dK and dV are complete in one CTA, dQ is added up in global
@@ -238,10 +239,9 @@ FA_HD constexpr BwdTileConfig bwd_tile_config(Arch arch, int head_dim, MaskKind)
         case 96:  return {64, 128, 3, 3, 2, 8, false, true};
         // 226 KB. 80 rows need 16 registers more than there are.
         case 128: return {64, 128, 3, 3, 2, 8, false, true};
-        // Three warpgroups share dK and dV, 96 registers of 160. 204 KB.
-        case 192: return {64,  96, 2, 1, 1, 12, false, true};
-        // 186 KB; staging dQ would make 250 KB.
-        case 256: return {64,  80, 2, 1, 1, 8, false, false};
+        // Pairs of CTAs, 218 and 225 KB each. dO is two parts, of 192 columns 128 and 64.
+        case 192: return {64, 128, 2, 4, 2, 8, false, false, 2};
+        case 256: return {64, 128, 2, 3, 2, 8, false, false, 2};
       }
       break;
   }
@@ -259,8 +259,15 @@ FA_HD constexpr BwdTileConfig sm80_bwd_tile_config(Arch gpu, int head_dim) {
   return bwd_tile_config(gpu == Arch::kSm90 ? Arch::kSm80 : gpu, head_dim, MaskKind::kFull);
 }
 
-// K, V, the streamed Q and dO, dS, and fp32 dQ if staged; 2-byte elements.
+// K, V, the streamed Q and dO, dS, and fp32 dQ if staged; 2-byte elements. A CTA of a pair has half
+// of the keys, 128 columns of the other half's K, and dS of both.
 FA_HD constexpr int bwd_smem_bytes(BwdTileConfig c, int head_dim) {
+  if (c.num_ctas == 2) {
+    const int keys = c.tile_n / 2;
+    const int kept = 2 * keys * head_dim + keys * 128;
+    const int streamed = c.tile_m * (c.num_q_stages * head_dim + c.num_dout_stages * 128);
+    return 2 * (kept + streamed + 2 * c.num_ds_stages * c.tile_m * keys);
+  }
   const int kept = (c.v_in_regs ? 1 : 2) * c.tile_n * head_dim;
   const int streamed = (c.num_q_stages + c.num_dout_stages) * c.tile_m * head_dim;
   const int ds = c.num_ds_stages * c.tile_m * c.tile_n;
@@ -297,9 +304,9 @@ FA_HD constexpr BwdRegisters sm90_bwd_registers(int head_dim) {
 
 // fp32 registers of a computing thread: dK and dV always, and S with dP, or dQ once those are used.
 FA_HD constexpr int bwd_accum_regs(BwdTileConfig c, int head_dim) {
-  const int threads = c.num_warps * kWarpSize;
-  const int kept = 2 * c.tile_n * head_dim / threads;
-  return kept + max(2 * c.tile_m * c.tile_n, c.tile_m * head_dim) / threads;
+  const int threads = c.num_warps * kWarpSize, keys = c.tile_n / c.num_ctas;
+  const int kept = 2 * keys * head_dim / threads;
+  return kept + max(2 * c.tile_m * keys, c.tile_m * head_dim) / threads;
 }
 
 // What every row must satisfy.
@@ -371,7 +378,8 @@ static_assert(sm90_fwd_configs_fit(Sm90FwdTile::kTall) &&
 static_assert(warpgroup_registers_fit(1) && warpgroup_registers_fit(2) &&
               warpgroup_registers_fit(3) && warpgroup_registers_fit(4));
 static_assert(bwd_registers_fit(sm90_bwd_registers(96)) &&
-              bwd_registers_fit(sm90_bwd_registers(128)));
+              bwd_registers_fit(sm90_bwd_registers(128)) &&
+              bwd_registers_fit(sm90_bwd_registers(256)));
 
 // Decode: a CTA of four warps streams blocks of kDecodeTileN keys through a ring of units, a unit
 // being the keys or the values of a block. Rows are query heads of one KV head and their queries.

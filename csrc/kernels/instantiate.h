@@ -42,20 +42,19 @@ int decode(const DecodeParams& params, void* stream);
   }
 
 // Defines fa::family(params, stream) as launch_<family><T, kHeadDim> for the element type and the
-// built size of the larger head_dim: any in tile_config.h, or those of the list
-// `FA_HEAD_DIM(family, size) ...`.
+// built size of the larger head_dim.
 #define FA_HEAD_DIM(family, size) \
   case size: return fa::launch_##family<T, size>(params, stream);
-#define FA_INSTANTIATE_BY_HEAD_DIM(family, Params)                                       \
-  FA_INSTANTIATE_BY_SOME_HEAD_DIMS(family, Params,                                       \
-                                   FA_HEAD_DIM(family, 64) FA_HEAD_DIM(family, 96)       \
-                                       FA_HEAD_DIM(family, 128) FA_HEAD_DIM(family, 192) \
-                                           FA_HEAD_DIM(family, 256))
-#define FA_INSTANTIATE_BY_SOME_HEAD_DIMS(family, Params, head_dims)                  \
+#define FA_INSTANTIATE_BY_HEAD_DIM(family, Params)                                   \
   template <class T>                                                                 \
   static int family##_of(const fa::Params& params, cudaStream_t stream) {            \
     switch (fa::built_head_dim(fa::max(params.head_dim, params.head_dim_v))) {       \
-      head_dims default : return cudaErrorInvalidValue;                              \
+      FA_HEAD_DIM(family, 64)                                                        \
+      FA_HEAD_DIM(family, 96)                                                        \
+      FA_HEAD_DIM(family, 128)                                                       \
+      FA_HEAD_DIM(family, 192)                                                       \
+      FA_HEAD_DIM(family, 256)                                                       \
+      default: return cudaErrorInvalidValue;                                         \
     }                                                                                \
   }                                                                                  \
   int fa::family(const Params& params, void* stream) {                               \

@@ -124,14 +124,19 @@ int64_t bwd_workspace_bytes(const Problem& p, const Plan& plan) {
          (p.deterministic ? semaphores : 0) * int64_t{sizeof(int)};
 }
 
+int sm90_bwd_ctas_of_tile(const Problem& p) {
+  return bwd_tile_config(Arch::kSm90, built_size(p), MaskKind::kFull).num_ctas;
+}
+
 // Twice as fast as SM80's on an SM, whose CTAs share the query heads of a KV head where there are
 // few tiles of keys; that pays if each has much to do.
 constexpr int64_t kManyQueries = 4096;
 bool sm90_bwd_refuses(const Problem& p, const Plan& plan, const DeviceFacts& device,
                       Reason reason) {
   const int64_t tiles_k = num_tiles_k(p, plan.tile_n) * p.num_heads_kv;
+  const int64_t ctas = tiles_k * sm90_bwd_ctas_of_tile(p);
   const int group = p.num_heads_q / max(p.num_heads_kv, 1);
-  return group > 1 && int64_t{p.seqlen_q} * group >= kManyQueries && tiles_k * 2 < device.num_sms &&
+  return group > 1 && int64_t{p.seqlen_q} * group >= kManyQueries && ctas * 2 < device.num_sms &&
          reason("tiles_k=", tiles_k, ": its bwd leaves more than half of the ", device.num_sms,
                 " SMs idle");
 }
@@ -180,7 +185,7 @@ Plan attention_plan(Arch arch, const Problem& p, const DeviceFacts& device) {
       plan.head_splits = bwd_head_splits(tiles, int64_t{4} * ctas_per_sm * device.num_sms,
                                          p.num_heads_q / max(p.num_heads_kv, 1));
     }
-    plan.num_ctas = tiles * plan.head_splits;
+    plan.num_ctas = tiles * (arch == Arch::kSm90 ? sm90_bwd_ctas_of_tile(p) : plan.head_splits);
     plan.workspace_bytes = bwd_workspace_bytes(p, plan);
   }
   return plan;

@@ -109,8 +109,8 @@ FA_DEVICE void wgmma_fence_operand(float (&d)[kN][4]) {
       : FA_ACCUM_##count                                                           \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc))
 
-// The same where k runs along the rows of a and b in shared memory, and where b of a product with a
-// in registers has consecutive k.
+// The same where k runs along the rows of a and b in shared memory, where it runs along the rows of
+// b only, and where b of a product with a in registers has consecutive k.
 #define FA_WGMMA_SS_MN(n, count, types, a, b, p)                                            \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p                                        \
                ", 0;\n"                                                                     \
@@ -118,6 +118,13 @@ FA_DEVICE void wgmma_fence_operand(float (&d)[kN][4]) {
                "}, " a ", " b ", p, 1, 1, 1, 1;\n}"                                         \
                : FA_ACCUM_##count                                                           \
                : "l"(a_desc), "l"(b_desc), "r"(static_cast<int>(accumulate)))
+#define FA_WGMMA_SS_AB(n, count, types, a, b)                                      \
+  asm volatile(                                                                    \
+      "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                   \
+      "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." types " {" FA_REGS_##count \
+      "}, " a ", " b ", p, 1, 1, 0, 1;\n}"                                         \
+      : FA_ACCUM_##count                                                           \
+      : "l"(a_desc), "l"(b_desc))
 #define FA_WGMMA_RS_K(n, count, types, a0, a1, a2, a3, b, p)                                \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p                                        \
                ", 0;\n"                                                                     \
@@ -183,6 +190,18 @@ FA_DEVICE void wgmma_pin(float (&d)[kN][4]) {
   if constexpr (kN == 16) asm volatile("" : FA_ACCUM_64::"memory");
 }
 
+// Of the backward: a [64, k] and b [k, n] from shared memory, both with consecutive columns.
+template <class T, int kN>
+FA_DEVICE void wgmma_m64k16_ss_ab(float (&d)[kN][4], uint64_t a_desc, uint64_t b_desc) {
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  if constexpr (kN == 8) {
+    FA_WGMMA_OF_TYPE(FA_WGMMA_SS_AB, 64, 32, "%32", "%33")
+  } else {
+    static_assert(kN == 16, "write the operand list of this n");
+    FA_WGMMA_OF_TYPE(FA_WGMMA_SS_AB, 128, 64, "%64", "%65")
+  }
+}
+
 // Of the backward: a [k, 64] and b [k, n] from shared memory, rows of consecutive columns.
 template <class T, int kN>
 FA_DEVICE void wgmma_m64k16_ss_mn(float (&d)[kN][4], uint64_t a_desc, uint64_t b_desc,
@@ -190,9 +209,11 @@ FA_DEVICE void wgmma_m64k16_ss_mn(float (&d)[kN][4], uint64_t a_desc, uint64_t b
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
   if constexpr (kN == 8) {
     FA_WGMMA_OF_TYPE(FA_WGMMA_SS_MN, 64, 32, "%32", "%33", "%34")
-  } else {
-    static_assert(kN == 12, "write the operand list of this n");
+  } else if constexpr (kN == 12) {
     FA_WGMMA_OF_TYPE(FA_WGMMA_SS_MN, 96, 48, "%48", "%49", "%50")
+  } else {
+    static_assert(kN == 16, "write the operand list of this n");
+    FA_WGMMA_OF_TYPE(FA_WGMMA_SS_MN, 128, 64, "%64", "%65", "%66")
   }
 }
 
@@ -207,6 +228,7 @@ FA_DEVICE void wgmma_m64k16_rs_k(float (&d)[kN][4], const uint32_t (&a)[4], uint
 
 #undef FA_WGMMA_OF_TYPE
 #undef FA_WGMMA_RS_K
+#undef FA_WGMMA_SS_AB
 #undef FA_WGMMA_SS_MN
 #undef FA_WGMMA_RS
 #undef FA_WGMMA_SS

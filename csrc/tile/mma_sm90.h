@@ -7,15 +7,16 @@
 
 namespace fa {
 
-// acc = A B^T; a: [64, k], b: [8 kN, k].
+// acc = A B^T, or acc += A B^T; a: [64, k], b: [8 kN, k].
 template <class T, int kN, class TileA, class TileB>
-FA_DEVICE void warpgroup_gemm_abt(AccumTile<1, kN>& acc, TileA a, TileB b) {
+FA_DEVICE void warpgroup_gemm_abt(AccumTile<1, kN>& acc, TileA a, TileB b,
+                                  bool accumulate = false) {
   static_assert(TileA::kRows == 64 && TileB::kRows == 8 * kN && TileA::kCols == TileB::kCols);
   const uint64_t a_desc = a.k_major(), b_desc = b.k_major();
   FA_UNROLL
   for (int k = 0; k < TileA::kCols / 16; ++k) {
     ptx::wgmma_m64k16_ss<T>(acc.x[0], a_desc + TileA::k_major_step(k),
-                            b_desc + TileB::k_major_step(k), k > 0);
+                            b_desc + TileB::k_major_step(k), accumulate || k > 0);
   }
 }
 
@@ -27,6 +28,17 @@ FA_DEVICE void warpgroup_gemm_ab(AccumTile<1, kN>& acc, const AFragments<1, kK>&
   FA_UNROLL
   for (int k = 0; k < kK; ++k)
     ptx::wgmma_m64k16_rs<T>(acc.x[0], a.x[0][k], b_desc + k * TileB::kMnMajorStep);
+}
+
+// acc += A B; a: [64, k], b: [k, 8 kN].
+template <class T, int kN, class TileA, class TileB>
+FA_DEVICE void warpgroup_gemm_ab(AccumTile<1, kN>& acc, TileA a, TileB b) {
+  static_assert(TileA::kRows == 64 && TileB::kCols == 8 * kN && TileA::kCols == TileB::kRows);
+  const uint64_t a_desc = a.k_major(), b_desc = b.mn_major();
+  FA_UNROLL
+  for (int k = 0; k < TileA::kCols / 16; ++k)
+    ptx::wgmma_m64k16_ss_ab<T>(acc.x[0], a_desc + TileA::k_major_step(k),
+                               b_desc + k * TileB::kMnMajorStep);
 }
 
 // acc = A B^T; a: [64, 16 kK] in registers, b: [8 kN, 16 kK].

@@ -21,6 +21,15 @@ struct Pipeline {
   static FA_DEVICE Pipeline producer(uint32_t barriers) { return {barriers, 0, 1}; }
   static FA_DEVICE Pipeline consumer(uint32_t barriers) { return {barriers, 0, 0}; }
 
+  // A side's place after `turn` buffers, for those who count for several rings at once. kStages is
+  // a power of two.
+  static FA_DEVICE Pipeline producer_at(uint32_t barriers, uint32_t turn) {
+    return {barriers, static_cast<int>(turn % kStages), turn / kStages % 2 ^ 1};
+  }
+  static FA_DEVICE Pipeline consumer_at(uint32_t barriers, uint32_t turn) {
+    return {barriers, static_cast<int>(turn % kStages), turn / kStages % 2};
+  }
+
   // num_releases: arrivals that empty a buffer; num_fills: that fill one. One thread calls it.
   static FA_DEVICE void init(uint32_t barriers, int num_releases, int num_fills = 1) {
     FA_UNROLL

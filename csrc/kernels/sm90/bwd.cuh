@@ -1,17 +1,19 @@
 // FlashAttention backward for Hopper: TMA copies, wgmma products, dQ by a warpgroup of its own.
 //
-// A CTA keeps 128 keys of one KV head and streams tiles of 64 queries, Q and dO, of the query heads
-// that read it, so that dK and dV are complete in one place. Four warpgroups:
+// Head_dim 64 to 128; above: bwd_pair.cuh. A CTA keeps 128 keys of one KV head and streams tiles of
+// 64 queries, Q and dO, of the query heads that read it, so that dK and dV are complete in one
+// place. Four warpgroups:
 //   producer      one thread starts all copies, a warp brings LSE and delta   bwd_producer.h
+//                 two warps add dQ up in global memory                        bwd_dq.h
 //   2 consumers   64 keys each, along the rows, so that P^T and dS^T are operands as they are:
 //                   S^T = K Q^T;    P = exp(S - lse);             dV += P^T dO
 //                   dP^T = V dO^T;  dS = P (dP - delta) -> smem;  dK += dS^T Q
-//   dQ            dQ = dS K, added up in fp32 in global memory                bwd_dq.h
+//   dQ            dQ = dS K, in fp32                                          bwd_dq.h
 // No consumer waits for the other's dS, so one computes while the other multiplies.
 // Memory, order of the products: bwd_layout.h. Barriers: a Pipeline each for K, V, Q with the
 // statistics, dO, and each consumer's dS.
 // Rows past the end of a sequence may hold anything, also NaN: scores are masked, and the rows
-// overwritten with zeros in shared memory.
+// overwritten with zeros in shared memory (bwd_elements.h).
 // delta comes from bwd_preprocess, bwd_postprocess rounds dQ. Tiles: core/tile_config.h. Numbers:
 // docs/performance/sm90_backward.md. Algorithm: FlashAttention-2, arXiv:2307.08691, algorithm 2.
 #pragma once
@@ -19,20 +21,18 @@
 
 #include <climits>
 
-#include "attention/bwd_scores.h"
 #include "kernels/launch.h"
 #include "kernels/sm90/bwd_dq.h"
+#include "kernels/sm90/bwd_elements.h"
 #include "kernels/sm90/bwd_layout.h"
+#include "kernels/sm90/bwd_pair.cuh"
 #include "kernels/sm90/bwd_postprocess.cuh"
 #include "kernels/sm90/bwd_producer.h"
 #include "kernels/tensor_map.h"
-#include "ptx/barrier.h"
-#include "ptx/global_memory.h"
 #include "ptx/ldmatrix.h"
-#include "ptx/shared_memory.h"
+#include "ptx/opaque.h"
 #include "ptx/stmatrix.h"
 #include "ptx/warpgroup.h"
-#include "tile/store_sm90.h"
 
 namespace fa {
 
@@ -41,22 +41,19 @@ template <class T, int kHeadDim, bool kScoreMod>
 struct BwdConsumer {
   using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
   static constexpr int kTileM = Layout::kTileM;
-  static constexpr int kFirstOwnBarrier = 1, kFirstTurnBarrier = 3;     // named barriers
-  using Scores = AccumTile<1, kTileM / 8>;                              // S^T or dP^T
-  using Operand = AFragments<1, kTileM / 16>;                           // P^T or dS^T
-  using Gradient = AccumTile<1, kHeadDim / 8>;                          // dK or dV
+  static constexpr int kFirstOwnBarrier = 1, kFirstTurnBarrier = 3;  // named barriers
+  using Scores = AccumTile<1, kTileM / 8>;                           // S^T or dP^T
+  using Operand = AFragments<1, kTileM / 16>;                        // P^T or dS^T
+  using Gradient = AccumTile<1, kHeadDim / 8>;                       // dK or dV
+  using Statistic = BwdStatistic<kTileM / 8>;
   using Kept = AFragments<1, Layout::kKeptInRegs ? kHeadDim / 16 : 1>;  // K or V
-  struct Statistics {         // -LSE or delta of this lane's queries
-    float2 pair[kTileM / 8];  // of column n of the scores
-  };
 
   const BwdParams& p;
   const BwdLaunch& launch;
   uint32_t smem;
   int consumer, lane;
   int warp_row;  // first key of this warp in the consumer's 64
-  typename Layout::KeptPipeline k, v;
-  typename Layout::StreamPipeline q, dout;
+  typename Layout::StreamPipeline q;
   typename Layout::ScoresPipeline scores;
 
   FA_DEVICE BwdConsumer(const BwdParams& params, const BwdLaunch& bwd_launch, uint32_t smem_base,
@@ -67,40 +64,33 @@ struct BwdConsumer {
         consumer(consumer_index),
         lane(threadIdx.x % kWarpSize),
         warp_row(threadIdx.x / kWarpSize % 4 * 16),
-        k(Layout::KeptPipeline::consumer(smem_base + Layout::kKBarriers)),
-        v(Layout::KeptPipeline::consumer(smem_base + Layout::kVBarriers)),
         q(Layout::StreamPipeline::consumer(smem_base + Layout::kQBarriers)),
-        dout(Layout::StreamPipeline::consumer(smem_base + Layout::kDoutBarriers)),
         scores(
             Layout::ScoresPipeline::producer(Layout::scores_barriers(smem_base, consumer_index))) {}
 
-  FA_DEVICE void run() {
-    if (Layout::kTakesTurns && consumer == 1) pass_turn_to(0);
-#pragma unroll 1
-    for (int i = blockIdx.x; i < launch.num_tiles; i += gridDim.x) {
-      const BwdTile tile = bwd_tile(p, launch, i);
-      if (tile.num_steps == 0) {
-        clear_gradients(tile);
-      } else {
-        compute(tile);
-      }
+  FA_DEVICE void run(const BwdTile& tile) {
+    if (tile.num_steps == 0) {
+      clear_gradients<T, Layout::kConsumers * kWarpgroupSize>(
+          p, launch, tile, consumer * kWarpgroupSize + threadIdx.x % kWarpgroupSize);
+    } else {
+      if (Layout::kTakesTurns && consumer == 1) pass_turn_to(0);
+      compute(tile);
     }
   }
 
-  // Everything about one tile of keys.
   FA_DEVICE void compute(const BwdTile& tile) {
     Gradient acc_dk, acc_dv;
     acc_dk.clear();
     acc_dv.clear();
     Scores acc_s;
-    BwdStep step = BwdStep::first(p, tile);
-    k.wait_full();
+    BwdStep step = BwdStep::first(p, launch, tile);
+    Layout::KeptPipeline::consumer(smem + Layout::kKBarriers).wait_full();
     clear_kept_behind(tile, smem_k());
     const Kept kept_k = load_kept(smem_k());
     wait_for_q(q, tile, step);
     issue_scores(acc_s, kept_k, smem_k(), Layout::smem_q(smem, q.stage));
-    Statistics minus_lse = load_statistics(Layout::statistics(smem, q.stage));
-    v.wait_full();
+    Statistic minus_lse = load_statistic<kTileM / 8>(Layout::statistics(smem, q.stage), lane);
+    Layout::KeptPipeline::consumer(smem + Layout::kVBarriers).wait_full();
     clear_kept_behind(tile, smem_v());
     const Kept kept_v = load_kept(smem_v());
     ptx::wgmma_wait_group<0>();
@@ -115,29 +105,32 @@ struct BwdConsumer {
       to_probs(acc_s, tile, step, minus_lse, probs, passed);
       if (Layout::kTakesTurns) pass_turn_to(consumer ^ 1);
       if (!Layout::kHasRoom) issue_dp(acc_dp, kept_v, tile, step);
-      accumulate(acc_dv, probs, Layout::smem_dout(smem, dout.stage));
-      const Statistics deltas =
-          load_statistics(Layout::statistics(smem, q.stage) + Layout::kStatisticBytes);
+      accumulate(acc_dv, probs, Layout::smem_dout(smem, q.stage));
+      const Statistic deltas = load_statistic<kTileM / 8>(
+          Layout::statistics(smem, q.stage) + Layout::kStatisticBytes, lane);
       ptx::wgmma_wait_group<Layout::kHasRoom ? 1 : 0>();  // dP is complete
       ptx::wgmma_pin(acc_dp.x[0]);
       if (!Layout::kHasRoom) release_dout(acc_dv);
-      if (steps_left == 0) release_by_warp(v, lane);
-      Operand dscores;
-      to_dscores(dscores, kScoreMod ? passed : probs, acc_dp, deltas);
-      store_dscores(dscores);
+      Operand dscores = kScoreMod ? passed : probs;
+      FA_UNROLL
+      for (int k = 0; k < kTileM / 16; ++k)
+        to_dscores<T>(dscores.x[0][k], score_part(acc_dp, k), deltas.part(k),
+                      kScoreMod ? drop_factor(p.score) : 0.f);
 
       // The next S goes ahead of dK. Behind the last step it is that of some old tile, which nobody
-      // reads: products of a group are not to be skipped by a branch.
+      // reads: products of a group are not to be skipped by a branch. A branch has to stand here,
+      // else the compiler waits for room for dS before it computes it, 9 % at d 64.
       auto next = q;
       next.advance();
       if (steps_left > 0) {
         step.advance(tile.blocks);
         wait_for_q(next, tile, step);
       }
+      store_dscores(dscores);
       issue_scores(acc_s, kept_k, smem_k(), Layout::smem_q(smem, next.stage));
       accumulate(acc_dk, dscores, Layout::smem_q(smem, q.stage));
       hand_over_dscores();
-      minus_lse = load_statistics(Layout::statistics(smem, next.stage));
+      minus_lse = load_statistic<kTileM / 8>(Layout::statistics(smem, next.stage), lane);
       if (Layout::kHasRoom) {
         ptx::wgmma_wait_group<2>();  // dV is complete
         release_dout(acc_dv);
@@ -148,31 +141,34 @@ struct BwdConsumer {
       release_by_warp(q, lane);
       q = next;
     }
-    release_by_warp(k, lane);
-    k.advance();
-    v.advance();
-    store(acc_dv, tile, p.dv, p.dv_strides, p.head_dim_v,
-          kScoreMod ? 256.f / p.score.keep_threshold : 1.f);
-    store(acc_dk, tile, p.dk, p.dk_strides, p.head_dim, p.score.softmax_scale);
+    // Found anew: the tile's numbers would fill registers throughout the loop.
+    const BwdTile stored = bwd_tile(p, launch, ptx::opaque(blockIdx.x));
+    store_gradient<T>(acc_dv, stored, first_key(stored), {p.dv, p.dv_strides, p.head_dim_v}, 0,
+                      kScoreMod ? 256.f / p.score.keep_threshold : 1.f, lane);
+    store_gradient<T>(acc_dk, stored, first_key(stored), {p.dk, p.dk_strides, p.head_dim}, 0,
+                      p.score.softmax_scale, lane);
   }
 
   FA_DEVICE typename Layout::TileKept smem_k() const { return Layout::smem_k(smem, consumer); }
   FA_DEVICE typename Layout::TileKept smem_v() const { return Layout::smem_v(smem, consumer); }
 
+  // dO of a step lies in the stage that Q does.
+  FA_DEVICE typename Layout::StreamPipeline dout() const {
+    return {smem + Layout::kDoutBarriers, q.stage, q.parity};
+  }
   FA_DEVICE void wait_for_q(const typename Layout::StreamPipeline& queries, const BwdTile& tile,
                             BwdStep step) const {
     queries.wait_full();
     clear_stream_behind(tile, step, Layout::smem_q(smem, queries.stage));
   }
   FA_DEVICE void issue_dp(Scores& acc, const Kept& kept, const BwdTile& tile, BwdStep step) const {
-    dout.wait_full();
-    clear_stream_behind(tile, step, Layout::smem_dout(smem, dout.stage));
-    issue_scores(acc, kept, smem_v(), Layout::smem_dout(smem, dout.stage));
+    dout().wait_full();
+    clear_stream_behind(tile, step, Layout::smem_dout(smem, q.stage));
+    issue_scores(acc, kept, smem_v(), Layout::smem_dout(smem, q.stage));
   }
   FA_DEVICE void release_dout(Gradient& acc_dv) {
     ptx::wgmma_pin(acc_dv.x[0]);
-    release_by_warp(dout, lane);
-    dout.advance();
+    release_by_warp(dout(), lane);
   }
   // Exponentials of one consumer at a time.
   FA_DEVICE void wait_for_turn() const {
@@ -214,18 +210,9 @@ struct BwdConsumer {
     return kept;
   }
 
-  // Called ahead of the wait for a product: shared memory answers late while products read it.
-  FA_DEVICE Statistics load_statistics(uint32_t from) const {
-    Statistics s;
-    FA_UNROLL
-    for (int n = 0; n < kTileM / 8; ++n)
-      s.pair[n] = ptx::ld_shared_v2_f32(from + (n * 8 + lane % 4 * 2) * sizeof(float));
-    return s;
-  }
-
   // Scores become P. passed: what dS needs of it if there are score modifications.
-  FA_DEVICE void to_probs(Scores acc, const BwdTile& tile, BwdStep step,
-                          const Statistics& minus_lse, Operand& probs, Operand& passed) const {
+  FA_DEVICE void to_probs(Scores acc, const BwdTile& tile, BwdStep step, const Statistic& minus_lse,
+                          Operand& probs, Operand& passed) const {
     const TransposedOrigin origin{first_key(tile), step.m_block * kTileM};
     const bool border =
         step.m_block < tile.blocks.full_begin || step.m_block >= tile.blocks.full_end;
@@ -236,60 +223,12 @@ struct BwdConsumer {
       if (border) apply_mask(acc, tile.mask, origin, lane);
       FA_UNROLL
       for (int k = 0; k < kTileM / 16; ++k)
-        modify_part(acc, mod, origin, k, minus_lse, probs, passed);
+        modify_weights<T>(score_part(acc, k), mod, {origin.first_key, origin.first_query + 16 * k},
+                          minus_lse.part(k), lane, probs.x[0][k], passed.x[0][k]);
     } else {
       if (border) apply_mask(acc, tile.mask, origin, lane);
-      to_weights(acc, launch.scale_log2, minus_lse, 0);
+      to_weights(acc, launch.scale_log2, minus_lse);
       probs = as_a_operand<T>(acc);
-    }
-  }
-  // Scores become exp(score - lse).
-  template <int kN>
-  FA_DEVICE void to_weights(AccumTile<1, kN>& acc, float scale_log2, const Statistics& minus_lse,
-                            int first_column) const {
-    FA_UNROLL
-    for (int n = 0; n < kN; ++n) {
-      const float2 pair = minus_lse.pair[first_column + n];
-      FA_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        float& x = acc.x[0][n][i];
-        x = ptx::ex2_approx_ftz(fmaf(x, scale_log2, i % 2 == 0 ? pair.x : pair.y));
-      }
-    }
-  }
-  // Queries [16 k, 16 k + 16) with softcap, ALiBi and dropout. passed is P (1 - tanh^2), with the
-  // sign of minus where dropped: it is never negative otherwise.
-  FA_DEVICE void modify_part(const Scores& acc, const TransposedScoreMod& mod,
-                             TransposedOrigin origin, int k, const Statistics& minus_lse,
-                             Operand& probs, Operand& passed) const {
-    origin.first_query += 16 * k;
-    AccumTile<1, 2> scores;
-    FA_UNROLL
-    for (int i = 0; i < 8; ++i) scores.x[0][i / 4][i % 4] = acc.x[0][2 * k + i / 4][i % 4];
-    AccumTile<1, 2> weights = scores;
-    to_weights(weights, mod.unit(), minus_lse, 2 * k);
-    const AccumTile<1, 2> others = mod.apply(weights, scores, origin, lane);
-    const AFragments<1, 1> w = as_a_operand<T>(weights), o = as_a_operand<T>(others);
-    FA_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      probs.x[0][k][i] = w.x[0][0][i];
-      passed.x[0][k][i] = o.x[0][0][i];
-    }
-  }
-
-  FA_DEVICE void to_dscores(Operand& dscores, Operand& probs, Scores& dp,
-                            const Statistics& deltas) const {
-    if (kScoreMod && p.score.keep_threshold < 256)
-      drop_gradient(dp, probs, 256.f / p.score.keep_threshold);
-    FA_UNROLL
-    for (int n = 0; n < kTileM / 8; ++n) {
-      const float2 delta = deltas.pair[n];
-      FA_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const float2 prob = unpack<T>(probs.x[0][n / 2][n % 2 * 2 + h]);
-        dscores.x[0][n / 2][n % 2 * 2 + h] = pack<T>(prob.x * (dp.x[0][n][2 * h] - delta.x),
-                                                     prob.y * (dp.x[0][n][2 * h + 1] - delta.y));
-      }
     }
   }
   // dS to shared memory, and, once that has happened, word of it to the dQ warpgroup.
@@ -307,69 +246,18 @@ struct BwdConsumer {
     scores.advance();
   }
 
-  // Rows of a tile past the sequence become 0, as their weights are: 0 * NaN would be NaN. Without
-  // lengths on the device they lie outside the tensor, and TMA has written zeros. Every consumer
-  // clears what it reads.
-  template <class Tile>
-  FA_DEVICE void clear_rows_behind(Tile rows, int num_rows) const {
-    constexpr int kChunks = kHeadDim / 8;
-#pragma unroll 1
-    for (int i = max(num_rows, 0) * kChunks + static_cast<int>(threadIdx.x % kWarpgroupSize);
-         i < Tile::kRows * kChunks; i += kWarpgroupSize)
-      ptx::st_shared_v4(rows.chunk_address(i / kChunks, i % kChunks), uint4{0, 0, 0, 0});
-    ptx::fence_proxy_async();
-    ptx::bar_sync(kFirstOwnBarrier + consumer, kWarpgroupSize);
-  }
   FA_DEVICE void clear_kept_behind(const BwdTile& tile, typename Layout::TileKept rows) const {
-    const int num_rows =
-        tile.k_seq.seqlen - tile.n_block * Layout::kTileN - consumer * Layout::kKeys;
-    if (num_rows < Layout::kKeys && has_lengths(p.seqlens_k)) clear_rows_behind(rows, num_rows);
+    clear_rows_behind(rows, tile.k_seq.seqlen - first_key(tile) + warp_row, p.seqlens_k,
+                      kFirstOwnBarrier + consumer);
   }
   FA_DEVICE void clear_stream_behind(const BwdTile& tile, BwdStep step,
                                      typename Layout::TileStream rows) const {
-    const int num_rows = tile.q_seq.seqlen - step.m_block * kTileM;
-    if (num_rows < kTileM && has_lengths(p.seqlens_q)) clear_rows_behind(rows, num_rows);
-  }
-  static FA_DEVICE bool has_lengths(const SeqlenArgs& seqlens) {
-    return seqlens.cu_seqlens != nullptr || seqlens.seqused != nullptr;
+    clear_rows_behind(rows, tile.q_seq.seqlen - step.m_block * kTileM, p.seqlens_q,
+                      kFirstOwnBarrier + consumer);
   }
 
   FA_DEVICE int first_key(const BwdTile& tile) const {
     return tile.n_block * Layout::kTileN + consumer * Layout::kKeys + warp_row;
-  }
-
-  // dK or dV.
-  FA_DEVICE void store(const Gradient& acc, const BwdTile& tile, void* tensor,
-                       const Strides& strides, int num_cols, float scale) const {
-    FA_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const int key = first_key(tile) + r * 8 + lane / 4;
-      const bool exists = key < tile.k_seq.seqlen, stored = key < tile.k_seq.stored;
-      T* out = static_cast<T*>(tensor) + element_offset(strides.batch, strides.token, strides.head,
-                                                        tile.batch, tile.k_seq.first_row + key,
-                                                        tile.head_kv);
-      store_row_by_quad(out, acc.x[0], r, scale, !exists, stored, num_cols, lane);
-    }
-  }
-
-  // dK = dV = 0 for keys that no query sees. The rest behind the last sequence may have more tiles
-  // than the grid, so a tile stands for every num_n_blocks-th.
-  FA_DEVICE void clear_gradients(const BwdTile& tile) const {
-    const int thread = consumer * kWarpgroupSize + threadIdx.x % kWarpgroupSize;
-    constexpr int kConsumerThreads = Layout::kConsumers * kWarpgroupSize;
-    for (int first = tile.n_block * Layout::kTileN; first < tile.k_seq.stored;
-         first += launch.order.grid.num_m_blocks * Layout::kTileN) {
-      const Range rows{first, min(first + Layout::kTileN, tile.k_seq.stored)};
-      const auto at = [&](void* tensor, const Strides& strides) {
-        return static_cast<T*>(tensor) + element_offset(strides.batch, strides.token, strides.head,
-                                                        tile.batch, tile.k_seq.first_row,
-                                                        tile.head_kv);
-      };
-      clear_rows<kConsumerThreads>(at(p.dk, p.dk_strides), p.dk_strides.token, rows, p.head_dim,
-                                   thread);
-      clear_rows<kConsumerThreads>(at(p.dv, p.dv_strides), p.dv_strides.token, rows, p.head_dim_v,
-                                   thread);
-    }
   }
 };
 
@@ -392,14 +280,17 @@ __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Layout::kRegisters.producer>();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
-    if (threadIdx.x == 0) BwdProducer<T, kHeadDim, kScoreMod>(p, launch, smem_base).run();
-    if (warp == 1) BwdStatistics<T, kHeadDim, kScoreMod>{p, launch, smem_base, lane}.run();
+    const BwdTile tile = bwd_tile(p, launch, blockIdx.x);
+    if (threadIdx.x == 0) BwdProducer<Layout>(p, launch, smem_base).run(tile);
+    if (warp == 1) BwdStatistics<Layout>{p, launch, smem_base, lane}.run(tile);
+    if (warp >= 2) BwdDqAdder<Layout>{p, launch, smem_base, warp - 2, lane}.run(tile);
   } else if (warpgroup == 1) {
     ptx::setmaxnreg_dec<Layout::kRegisters.dq>();
-    BwdDq<T, kHeadDim, kScoreMod>(p, launch, smem_base).run();
+    BwdDq<T, Layout>(smem_base).run(bwd_tile(p, launch, blockIdx.x).num_steps);
   } else {
     ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
-    BwdConsumer<T, kHeadDim, kScoreMod>(p, launch, smem_base, warpgroup - 2).run();
+    BwdConsumer<T, kHeadDim, kScoreMod>(p, launch, smem_base, warpgroup - 2)
+        .run(bwd_tile(p, launch, blockIdx.x));
   }
 }
 
@@ -407,7 +298,8 @@ __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1
 // and 16 MB are equal, 32 MB is 6 % slower at 2k; deterministic 128 MB is 10 % slower at 8k.
 constexpr int64_t kBwdL2GroupBytes = 16 << 20;
 
-inline cudaError_t encode_bwd_tensor_maps(const BwdParams& p, int keys, BwdLaunch& launch) {
+inline cudaError_t encode_bwd_tensor_maps(const BwdParams& p, BwdLaunch& launch) {
+  constexpr int kKeys = 64;  // of a consumer, or of a CTA of a pair
   const auto of_q = [&](const void* data, const Strides& strides, int head_dim) {
     return head_tensor(data, strides, p.seqlens_q, p.total_q, p.batch_size, p.num_heads_q,
                        head_dim);
@@ -422,32 +314,53 @@ inline cudaError_t encode_bwd_tensor_maps(const BwdParams& p, int keys, BwdLaunc
   const HeadTensor v = of_k(p.v, p.v_strides, p.head_dim_v);
   cudaError_t error = encode_tensor_map(launch.q, p.dtype, q, kBwdTileM);
   if (error == cudaSuccess) error = encode_tensor_map(launch.dout, p.dtype, dout, kBwdTileM);
-  if (error == cudaSuccess) error = encode_tensor_map(launch.k, p.dtype, k, keys);
-  if (error == cudaSuccess) error = encode_tensor_map(launch.v, p.dtype, v, keys);
+  if (error == cudaSuccess) error = encode_tensor_map(launch.k, p.dtype, k, kKeys);
+  if (error == cudaSuccess) error = encode_tensor_map(launch.v, p.dtype, v, kKeys);
   return error;
 }
 
 template <class T, int kHeadDim, bool kScoreMod>
 int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream) {
-  using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
-  constexpr auto kKernel = bwd_kernel<T, kHeadDim, kScoreMod>;
   const TileGrid grid{max(1, ceil_div(p.seqlens_k.max_seqlen, kBwdTileN)), p.num_heads_kv,
                       num_sequences};
   if (grid.size() == 0) return cudaSuccess;
-  if (grid.size() > INT_MAX) return cudaErrorInvalidConfiguration;
+  if (grid.size() > INT_MAX / 2) return cudaErrorInvalidConfiguration;
   BwdLaunch launch;
   launch.heads_per_kv = p.num_heads_q / p.num_heads_kv;
   launch.num_tiles = static_cast<int>(grid.size());
   launch.scale_log2 = p.score.softmax_scale * kLog2e;
   const int64_t stream_bytes = int64_t{launch.heads_per_kv} * p.seqlens_q.max_seqlen *
                                (2 * (p.head_dim + p.head_dim_v) + 4 * kHeadDim);
-  launch.order = TileOrder::of(grid, false, l2_group_size(stream_bytes, 1, kBwdL2GroupBytes));
-  cudaError_t error = encode_bwd_tensor_maps(p, Layout::kKeys, launch);
-  if (error == cudaSuccess) error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
+  const bool deterministic = p.dq_semaphore != nullptr;
+  // n_block 0 first, as under a causal mask most queries see it; deterministic: BwdStep.
+  launch.order = TileOrder::of(
+      grid, deterministic, deterministic ? 1 : l2_group_size(stream_bytes, 1, kBwdL2GroupBytes));
+  constexpr BwdTileConfig kTile = bwd_tile_config(Arch::kSm90, kHeadDim, MaskKind::kFull);
+  constexpr bool kPair = kTile.num_ctas == 2;
+  int num_sms = 0;
+  cudaError_t error = num_multiprocessors(num_sms);
   if (error != cudaSuccess) return error;
-  // A CTA for each tile: dealt out to one CTA an SM, they were 10 % slower at 512 and equal beyond.
-  kKernel<<<launch.num_tiles, Layout::kThreads, Layout::kSmemBytes, stream>>>(p, launch);
-  return cudaGetLastError();
+  // With a margin of two: others may have some of the SMs.
+  launch.heads_fit = 2 * kTile.num_ctas * grid.num_m_blocks <= num_sms;
+  // Clusters do not begin in the order of blockIdx, so a counter behind those of dQ deals out
+  // tiles.
+  const int64_t rows = bwd_dq_accum_rows(p.seqlens_q.cu_seqlens != nullptr, p.batch_size,
+                                         p.seqlens_q.max_seqlen, p.total_q, kBwdTileM);
+  launch.next_tile = deterministic && kPair
+                         ? p.dq_semaphore + bwd_dq_semaphores(rows, p.num_heads_q, kBwdTileM) - 1
+                         : nullptr;
+  error = encode_bwd_tensor_maps(p, launch);
+  if (error != cudaSuccess) return error;
+  if constexpr (kPair) {
+    return launch_bwd_pair_kernel<T, kHeadDim, kScoreMod>(p, launch, stream);
+  } else {
+    using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
+    constexpr auto kKernel = bwd_kernel<T, kHeadDim, kScoreMod>;
+    error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
+    if (error != cudaSuccess) return error;
+    kKernel<<<launch.num_tiles, Layout::kThreads, Layout::kSmemBytes, stream>>>(p, launch);
+    return cudaGetLastError();
+  }
 }
 
 template <class T, int kHeadDim>

@@ -1,8 +1,8 @@
-// The warpgroup of the SM90 backward that computes dQ = dS K, and how dQ is added up.
+// The warpgroup of the SM90 backward that computes dQ = dS K, and the warps that add dQ up.
 //
 // The sums of a tile pass through shared memory in the order of the registers, and TMA adds them to
 // dq_accum in L2: [column / 8][thread][4] floats a tile of queries. bwd_postprocess.cuh rounds
-// them.
+// them. Order of the additions: bwd_tile.h.
 #pragma once
 #include "kernels/common/bwd_rows.h"
 #include "kernels/sm90/bwd_layout.h"
@@ -13,54 +13,30 @@
 
 namespace fa {
 
-template <class T, int kHeadDim, bool kScoreMod>
+template <class T, class Layout>
 struct BwdDq {
-  using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
   using Scores = typename Layout::ScoresPipeline;
   static constexpr int kCols = Layout::kDqCols, kParts = Layout::kDqParts;
-  static constexpr int kPartElements = Layout::kTileM * kCols;
-  static constexpr int kBarrier = 5;  // named barrier
   using Accum = AccumTile<1, kCols / 8>;
 
-  const BwdParams& p;
-  const BwdLaunch& launch;
   uint32_t smem;
   int thread, lane;
-  int64_t turn = -1;  // deterministic: tile that thread 0 has added to and not said so
 
-  FA_DEVICE BwdDq(const BwdParams& params, const BwdLaunch& bwd_launch, uint32_t smem_base)
-      : p(params),
-        launch(bwd_launch),
-        smem(smem_base),
-        thread(threadIdx.x % kWarpgroupSize),
-        lane(threadIdx.x % kWarpSize) {}
+  FA_DEVICE explicit BwdDq(uint32_t smem_base)
+      : smem(smem_base), thread(threadIdx.x % kWarpgroupSize), lane(threadIdx.x % kWarpSize) {}
 
-  FA_DEVICE void run() {
-    auto k = Layout::KeptPipeline::consumer(smem + Layout::kKBarriers);
+  FA_DEVICE void run(int num_steps) const {
     auto scores = Scores::consumer(smem + Layout::kScoresBarriers);
+    if (num_steps > 0) Layout::KeptPipeline::consumer(smem + Layout::kKBarriers).wait_full();
 #pragma unroll 1
-    for (int i = blockIdx.x; i < launch.num_tiles; i += gridDim.x) {
-      const BwdTile tile = bwd_tile(p, launch, i);
-      if (tile.num_steps == 0) continue;
-      k.wait_full();
-      BwdStep step = BwdStep::first(p, tile);
-#pragma unroll 1
-      for (int n = 0; n < tile.num_steps; ++n) {
-        FA_UNROLL
-        for (int part = 0; part < kParts; ++part) {
-          Accum acc;
-          multiply(acc, scores, part);
-          add(acc, tile, step, part);
-        }
-        scores.advance();
-        step.advance(tile.blocks);
+    for (int n = 0; n < num_steps; ++n) {
+      FA_UNROLL
+      for (int part = 0; part < kParts; ++part) {
+        Accum acc;
+        multiply(acc, scores, part);
+        hand_over(acc, part, n % Layout::kDqAdders);
       }
-      release_by_warp(k, lane);
-      k.advance();
-    }
-    if (thread == 0) {
-      end_turn();
-      ptx::cp_async_bulk_wait_group<0>();
+      scores.advance();
     }
   }
 
@@ -88,10 +64,10 @@ struct BwdDq {
     }
   }
 
-  FA_DEVICE void add(const Accum& acc, const BwdTile& tile, BwdStep step, int part) {
+  // Sums to shared memory, and word of them to the warp that adds them.
+  FA_DEVICE void hand_over(const Accum& acc, int part, int adder) const {
     const uint32_t buffer = smem + Layout::kDq + part * Layout::kDqPartBytes;
-    if (thread == 0) ptx::cp_async_bulk_wait_group_read<kParts - 1>();
-    sync();  // the buffer's last sums have been read
+    ptx::bar_sync(Layout::kDqEmpty + part, Layout::kDqThreads);  // its last sums have been read
     FA_UNROLL
     for (int n = 0; n < kCols / 8; ++n) {
       const float (&x)[4] = acc.x[0][n];
@@ -100,37 +76,73 @@ struct BwdDq {
                               __float_as_uint(x[3])});
     }
     ptx::fence_proxy_async();
-    sync();  // all of them are there
-    if (thread != 0) return;
+    ptx::bar_arrive(Layout::kDqFull + adder * kParts + part, Layout::kDqThreads);
+  }
+};
+
+// The warps that add dQ's sums up in global memory, every other step each: when deterministic, the
+// additions of one are not complete before the next begin. Lane 0 waits for turns, so that nobody
+// else does.
+template <class Layout>
+struct BwdDqAdder {
+  static constexpr int kParts = Layout::kDqParts;
+  static constexpr int kPartElements = Layout::kTileM * Layout::kDqCols;
+
+  const BwdParams& p;
+  const BwdLaunch& launch;
+  uint32_t smem;
+  int adder, lane;
+
+  FA_DEVICE void run(const BwdTile& tile) const {
+    if (tile.num_steps > 0 && adder == 0) {
+      FA_UNROLL
+      for (int part = 0; part < kParts; ++part)
+        ptx::bar_arrive(Layout::kDqEmpty + part, Layout::kDqThreads);
+    }
+    BwdStep step = BwdStep::first(p, launch, tile);
+#pragma unroll 1
+    for (int n = 0; n < tile.num_steps; ++n) {
+      if (n % Layout::kDqAdders == adder) add(tile, step);
+      step.advance(tile.blocks);
+    }
+    if (lane == 0) ptx::cp_async_bulk_wait_group<0>();
+  }
+
+  FA_DEVICE void add(const BwdTile& tile, BwdStep step) const {
     const int64_t index =
         bwd_dq_tile_index(p, kBwdTileM, tile.batch, tile.q_seq.first_row, step.m_block, step.head);
-    if (part == 0 && p.dq_semaphore != nullptr) {
-      end_turn();
-      wait_for_turn(tile, step, index);
+    float* sums = p.dq_accum + index * (kParts * kPartElements);
+    const bool in_turn = p.dq_semaphore != nullptr && lane == 0;
+    if (in_turn) {
+      const int turn = bwd_turn(launch, tile, step.m_block);
+      while (ptx::ld_acquire_gpu_s32(p.dq_semaphore + index) < turn) {
+      }
     }
-    ptx::cp_reduce_async_bulk_add_f32(
-        p.dq_accum + index * (Layout::kTileM * kHeadDim) + part * kPartElements, buffer,
-        Layout::kDqPartBytes);
-    ptx::cp_async_bulk_commit_group();
+    __syncwarp();
+    FA_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      ptx::bar_sync(Layout::kDqFull + adder * kParts + part, Layout::kDqThreads);
+      if (lane == 0) {
+        ptx::cp_reduce_async_bulk_add_f32(sums + part * kPartElements,
+                                          smem + Layout::kDq + part * Layout::kDqPartBytes,
+                                          Layout::kDqPartBytes);
+        ptx::cp_async_bulk_commit_group();
+      }
+    }
+    empty<0>();
+    if constexpr (kParts > 1) empty<1>();
+    if (in_turn) {
+      ptx::cp_async_bulk_wait_group<0>();
+      ptx::red_release_gpu_add_s32(p.dq_semaphore + index, 1);
+    }
   }
-  FA_DEVICE void sync() const { ptx::bar_sync(kBarrier, kWarpgroupSize); }
 
-  // Deterministic: tiles of keys add to a tile of queries in ascending order; the counter says how
-  // many have. CTAs take tiles in the order of n_block, so whoever is waited for already runs.
-  FA_DEVICE void wait_for_turn(const BwdTile& tile, BwdStep step, int64_t index) {
-    const int first = n_block_range(tile.mask, step.m_block, Layout::kTileM, Layout::kTileN).begin;
-    while (ptx::ld_acquire_gpu_s32(p.dq_semaphore + index) < tile.n_block - first) {
-    }
-    turn = index;
-  }
-  // Says that the additions of the last turn are done, once they are: a step later, when nobody has
-  // to wait for them any more.
-  FA_DEVICE void end_turn() {
-    if (turn < 0) return;
-    ptx::cp_async_bulk_wait_group<0>();
-    __threadfence();
-    ptx::red_release_gpu_add_s32(p.dq_semaphore + turn, 1);
-    turn = -1;
+  // Says that the sums of a part have been read.
+  template <int kPart>
+  FA_DEVICE void empty() const {
+    if (lane == 0) ptx::cp_async_bulk_wait_group_read<kParts - 1 - kPart>();
+    __syncwarp();
+    ptx::bar_arrive(Layout::kDqEmpty + kPart, Layout::kDqThreads);
   }
 };
 

@@ -39,6 +39,10 @@ struct BwdLayout {
   // dQ passes through shared memory kDqCols columns at a time, [column / 8][thread][4] floats.
   static constexpr int kDqCols = kHeadDim == 128 ? 64 : kHeadDim;
   static constexpr int kDqParts = kHeadDim / kDqCols;
+  // Named barriers of a part's buffer: an adder's sums are there, they have been read.
+  static constexpr int kDqAdders = 2;
+  static constexpr int kDqFull = 5, kDqEmpty = kDqFull + kDqAdders * kDqParts;
+  static constexpr int kDqThreads = kWarpgroupSize + kWarpSize;  // that meet there
   static constexpr int kDqPartBytes = kTileM * kDqCols * static_cast<int>(sizeof(float));
 
   static constexpr int kStatisticBytes = kTileM * static_cast<int>(sizeof(float));
@@ -80,20 +84,13 @@ struct BwdLayout {
   }
 
   static FA_DEVICE void init_barriers(uint32_t smem) {
-    KeptPipeline::init(smem + kKBarriers, kConsumerWarps + 4);  // the dQ warps read K as well
-    KeptPipeline::init(smem + kVBarriers, kConsumerWarps);
+    KeptPipeline::init(smem + kKBarriers, 1);
+    KeptPipeline::init(smem + kVBarriers, 1);
     StreamPipeline::init(smem + kQBarriers, kConsumerWarps, 2);  // filled with Q and statistics
     StreamPipeline::init(smem + kDoutBarriers, kConsumerWarps);
     for (int i = 0; i < kConsumers; ++i) ScoresPipeline::init(scores_barriers(smem, i), 4, 4);
     ptx::fence_mbarrier_init();
   }
 };
-
-// One arrival of a warp whose lanes are all done with a buffer.
-template <class Pipeline>
-FA_DEVICE void release_by_warp(const Pipeline& pipeline, int lane) {
-  __syncwarp();
-  if (lane == 0) pipeline.release();
-}
 
 }  // namespace fa

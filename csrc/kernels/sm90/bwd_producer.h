@@ -8,42 +8,33 @@
 namespace fa {
 
 // The one thread that starts all copies.
-template <class T, int kHeadDim, bool kScoreMod>
+template <class Layout>
 struct BwdProducer {
-  using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
   using Kept = typename Layout::KeptPipeline;
   using Stream = typename Layout::StreamPipeline;
 
   const BwdParams& p;
   const BwdLaunch& launch;
   uint32_t smem;
-  Kept k, v;
   Stream q, dout;
 
   FA_DEVICE BwdProducer(const BwdParams& params, const BwdLaunch& bwd_launch, uint32_t smem_base)
       : p(params),
         launch(bwd_launch),
         smem(smem_base),
-        k(Kept::producer(smem_base + Layout::kKBarriers)),
-        v(Kept::producer(smem_base + Layout::kVBarriers)),
         q(Stream::producer(smem_base + Layout::kQBarriers)),
         dout(Stream::producer(smem_base + Layout::kDoutBarriers)) {}
 
-  FA_DEVICE void run() {
-#pragma unroll 1
-    for (int i = blockIdx.x; i < launch.num_tiles; i += gridDim.x) load(bwd_tile(p, launch, i));
-  }
-
-  FA_DEVICE void load(const BwdTile& tile) {
+  FA_DEVICE void run(const BwdTile& tile) {
     int steps = tile.num_steps;
     if (steps == 0) return;
-    BwdStep step = BwdStep::first(p, tile);
+    BwdStep step = BwdStep::first(p, launch, tile);
     const ptx::BoxOrigin kv_at{
         0, static_cast<int>(tile.k_seq.first_row) + tile.n_block * Layout::kTileN, tile.head_kv,
         p.seqlens_k.cu_seqlens != nullptr ? 0 : tile.batch};
     load_stream(q, tile, step, &launch.q, Layout::kQ);
-    load_kept(k, kv_at, &launch.k, Layout::kK);
-    load_kept(v, kv_at, &launch.v, Layout::kV);
+    load_kept(Layout::kKBarriers, kv_at, &launch.k, Layout::kK);
+    load_kept(Layout::kVBarriers, kv_at, &launch.v, Layout::kV);
 #pragma unroll 1
     while (true) {
       load_stream(dout, tile, step, &launch.dout, Layout::kDout);
@@ -53,8 +44,8 @@ struct BwdProducer {
     }
   }
 
-  FA_DEVICE void load_kept(Kept& kept, ptx::BoxOrigin at, const void* map, int offset) {
-    kept.wait_empty();
+  FA_DEVICE void load_kept(int barriers, ptx::BoxOrigin at, const void* map, int offset) const {
+    const Kept kept = Kept::producer(smem + barriers);
     ptx::mbarrier_arrive_expect_tx(kept.full(), Layout::kConsumers * Layout::TileKept::kBytes);
     FA_UNROLL
     for (int i = 0; i < Layout::kConsumers; ++i) {
@@ -62,7 +53,6 @@ struct BwdProducer {
                     at, kept.full(), ptx::kL2EvictFirst);
       at.row += Layout::kKeys;
     }
-    kept.advance();
   }
 
   FA_DEVICE void load_stream(Stream& stream, const BwdTile& tile, BwdStep step, const void* map,
@@ -80,27 +70,21 @@ struct BwdProducer {
 };
 
 // The warp that brings LSE and delta.
-template <class T, int kHeadDim, bool kScoreMod>
+template <class Layout>
 struct BwdStatistics {
-  using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
-
   const BwdParams& p;
   const BwdLaunch& launch;
   uint32_t smem;
   int lane;
 
-  FA_DEVICE void run() const {
+  FA_DEVICE void run(const BwdTile& tile) const {
     auto q = Layout::StreamPipeline::producer(smem + Layout::kQBarriers);
+    BwdStep step = BwdStep::first(p, launch, tile);
 #pragma unroll 1
-    for (int i = blockIdx.x; i < launch.num_tiles; i += gridDim.x) {
-      const BwdTile tile = bwd_tile(p, launch, i);
-      BwdStep step = BwdStep::first(p, tile);
-#pragma unroll 1
-      for (int n = 0; n < tile.num_steps; ++n) {
-        bring(tile, step, q);
-        q.advance();
-        step.advance(tile.blocks);
-      }
+    for (int n = 0; n < tile.num_steps; ++n) {
+      bring(tile, step, q);
+      q.advance();
+      step.advance(tile.blocks);
     }
   }
 

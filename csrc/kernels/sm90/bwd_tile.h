@@ -18,6 +18,8 @@ struct BwdLaunch {
   TileOrder order;            // its m_blocks are tiles of keys
   int num_tiles, heads_per_kv;
   float scale_log2;  // softmax_scale * log2(e)
+  bool heads_fit;    // all tiles of a head run at the same time
+  int* next_tile;    // zeroed counter that deals out the tiles; nullptr: blockIdx says which
 };
 
 // A tile of keys of one KV head.
@@ -31,7 +33,6 @@ struct BwdTile {
 };
 
 FA_DEVICE BwdTile bwd_tile(const BwdParams& p, const BwdLaunch& launch, int index) {
-  // n_block 0 first: under a causal mask most queries see it, and dQ's turns follow this order.
   const TileCoord at = launch.order.coord(index);
   BwdTile tile;
   tile.n_block = at.m_block, tile.head_kv = at.head, tile.batch = at.batch;
@@ -45,21 +46,41 @@ FA_DEVICE BwdTile bwd_tile(const BwdParams& p, const BwdLaunch& launch, int inde
   return tile;
 }
 
-// A tile of queries of one head. A CTA walks the blocks of each head downwards, from a block of its
-// own on, so that tiles of keys that run at the same time add to different rows of dQ.
-// Deterministic: all from the last block on; then neighbouring tiles of keys meet a tile of queries
-// one after the other, as they have to.
+// Deterministic: tiles of keys add to a tile of queries in an order that is theirs alone. With no
+// mask and all tiles of a head running, tile n begins at block n * size / num_n_blocks of queries,
+// and the order is that of the walks: no tile waits for another. Else all begin at their first
+// block, and the order is from the last tile of keys down, as they are dealt out, so that whoever
+// is waited for already runs; under a causal mask tile n meets a block two steps after tile n + 1.
+FA_DEVICE bool walks_in_circle(const BwdLaunch& launch, const MaskSpec& mask) {
+  return launch.heads_fit && mask.window_left == kUnbounded && mask.window_right == kUnbounded;
+}
+// How many tiles of keys add to a tile of queries before this one.
+FA_DEVICE int bwd_turn(const BwdLaunch& launch, const BwdTile& tile, int m_block) {
+  const int num_n_blocks = ceil_div(tile.k_seq.seqlen, kBwdTileN);
+  if (!walks_in_circle(launch, tile.mask))
+    return n_block_range(tile.mask, m_block, kBwdTileM, kBwdTileN).end - 1 - tile.n_block;
+  // The last tile that begins at m_block or below adds first.
+  const int first = min(num_n_blocks - 1, ((m_block + 1) * num_n_blocks - 1) / tile.blocks.size());
+  return first - tile.n_block + (tile.n_block > first ? num_n_blocks : 0);
+}
+
+// A tile of queries of one head. A CTA walks the blocks of each head upwards and around, from a
+// block of its own on, so that tiles of keys that run at the same time add to different rows of dQ.
 struct BwdStep {
   int head, m_block;
   int blocks_left;  // of the head, this one included
 
-  static FA_DEVICE BwdStep first(const BwdParams& p, const BwdTile& tile) {
+  static FA_DEVICE BwdStep first(const BwdParams& p, const BwdLaunch& launch, const BwdTile& tile) {
     const int size = tile.blocks.size();
-    const int skipped = p.dq_semaphore != nullptr ? 0 : (2 * tile.n_block + 1) % max(1, size);
-    return {tile.first_head, tile.blocks.end - 1 - skipped, size};
+    int skipped = (2 * tile.n_block + 1) % max(1, size);
+    if (p.dq_semaphore != nullptr)
+      skipped = walks_in_circle(launch, tile.mask)
+                    ? tile.n_block * size / ceil_div(tile.k_seq.seqlen, kBwdTileN)
+                    : 0;
+    return {tile.first_head, tile.blocks.begin + skipped, size};
   }
   FA_DEVICE void advance(const BlockRange& blocks) {
-    m_block = m_block > blocks.begin ? m_block - 1 : blocks.end - 1;
+    m_block = m_block + 1 < blocks.end ? m_block + 1 : blocks.begin;
     if (--blocks_left == 0) {
       ++head;
       blocks_left = blocks.size();
@@ -72,6 +93,13 @@ FA_DEVICE int64_t statistics_row(const BwdParams& p, const BwdTile& tile, int he
   return p.seqlens_q.cu_seqlens
              ? static_cast<int64_t>(head) * p.total_q + tile.q_seq.first_row
              : (static_cast<int64_t>(tile.batch) * p.num_heads_q + head) * p.seqlens_q.max_seqlen;
+}
+
+// One arrival of a warp whose lanes are all done with a buffer.
+template <class Pipeline>
+FA_DEVICE void release_by_warp(const Pipeline& pipeline, int lane) {
+  __syncwarp();
+  if (lane == 0) pipeline.release();
 }
 
 }  // namespace fa

@@ -1,0 +1,4 @@
+// SM90: backward of head_dim 256 in fp16.
+#include "kernels/instantiate.h"
+#include "kernels/sm90/bwd.cuh"
+template int fa::launch_bwd<__half, 256>(const fa::BwdParams&, cudaStream_t);
