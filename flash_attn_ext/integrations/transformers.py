@@ -198,19 +198,26 @@ class _AfterImport(MetaPathFinder):
 
     def __init__(self, module: str, function: Callable[[], None]) -> None:
         self.module, self.function = module, function
+        self.searching = False
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != self.module:
+        if name != self.module or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = next(
-            filter(None, (finder.find_spec(name, path, target) for finder in sys.meta_path)), None
-        )
+        self.searching = True
+        try:
+            spec = next(
+                filter(None, (finder.find_spec(name, path, target) for finder in sys.meta_path)),
+                None,
+            )
+        finally:
+            self.searching = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(imported: Any) -> None:
                 execute(imported)
+                if self in sys.meta_path:  # not before: a spec may be asked for and not imported
+                    sys.meta_path.remove(self)
                 self.function()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign,assignment]

@@ -28,6 +28,7 @@ if skip_is_allowed(NEEDS_TRANSFORMERS):
     pytest.skip(NEEDS_TRANSFORMERS, allow_module_level=True)
 
 import transformers
+import transformers.modeling_utils  # registration follows it, before any test changes something
 
 VOCABULARY = 97
 SMALL = {
@@ -325,6 +326,18 @@ def test_import_alone_imports_nothing_of_transformers() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False
     )
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_a_search_without_an_import_changes_nothing() -> None:
+    code = (
+        "import flash_attn_ext, importlib.util; name = 'transformers.modeling_utils';"
+        "importlib.util.find_spec(name); modeling = importlib.import_module(name);"
+        "print('flash_attn_ext' in modeling.AttentionInterface._global_mapping)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False
+    )
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_transformers_may_be_imported_first() -> None:
