@@ -101,9 +101,8 @@ struct OnlineSoftmax {
     move_reference(tile_max, factor, scale_log2, RowsOfWarp{});
   }
 
-  // True, for the whole warp, if
-  // the reference moves: acc_o is to be multiplied by `factor` before the block's products join it.
-  // threshold: kMaxWeightLog2 / scale_log2.
+  // True, for the whole warp, if the reference moves: acc_o is to be multiplied by `factor` before
+  // the block's products join it. threshold: kMaxWeightLog2 / scale_log2.
   template <int kN>
   FA_DEVICE bool follow(const AccumTile<kM, kN>& acc_s, float scale_log2, float threshold,
                         float (&factor)[kRows]) {

@@ -401,7 +401,7 @@ struct FwdConsumer {
     }
   }
 
-  // S = Q K^T of the last block, and its weights. No product is under way behind it.
+  // S = Q K^T of the first block, and its weights. No product is under way behind it.
   FA_DEVICE void first_step(Weights& weights, Softmax& softmax, const Work& work,
                             const BlockRange& blocks, int n_block) {
     Scores acc_s;
