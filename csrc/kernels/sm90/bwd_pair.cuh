@@ -3,12 +3,13 @@
 // Each CTA keeps 64 keys of one KV head, both walk the same tiles of 64 queries. dK and dV of 64
 // keys are more than one warpgroup holds beside a tile of scores, so two share their columns, and
 // the work on the scores:
-//   producer   one thread starts the copies, a warp brings LSE and delta, one sends dS to the other
-//              CTA                                                         bwd_pair_producer.h
-//   probs      S^T = K Q^T;    P = exp(S - lse) -> smem;    low columns of dV += P^T dO, dK += dS^T
-//   Q dscores    dP^T = V dO^T;  dS = P (dP - delta) -> smem; high columns dQ         dQ = dS K of
-//   the 128 keys, half of the columns, added to fp32 sums in global memory
-//              from registers                                              bwd_pair_dq.h
+//   producer  one thread starts the copies, a warp brings LSE and delta, one thread
+//             sends dS to the other CTA                              bwd_pair_producer.h
+//   probs     S^T = K Q^T;    P = exp(S - lse) -> smem
+//   dscores   dP^T = V dO^T;  dS = P (dP - delta) -> smem
+//   both      dV += P^T dO, dK += dS^T Q: probs the low columns, dscores the high ones
+//   dQ        dQ = dS K of the 128 keys, half of the columns, added up in fp32 in
+//             global memory from registers                           bwd_pair_dq.h
 // S of the next step runs while dS of this one is computed, dP of the next one while P is.
 // Memory: bwd_pair_layout.h. Rows past the end of a sequence: bwd_elements.h.
 // delta comes from bwd_preprocess, bwd_postprocess rounds dQ. Numbers:
