@@ -13,8 +13,9 @@ REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [
     REPOSITORY / "README.md",
+    REPOSITORY / "README.zh-CN.md",
     REPOSITORY / "CONTRIBUTING.md",
-    *sorted((REPOSITORY / "docs").glob("*.md")),
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
 ]
 EXAMPLES = blocks.fenced_code(README, "python")
 

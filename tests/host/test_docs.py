@@ -1,0 +1,275 @@
+"""The documentation follows the code: names, arguments, versions, error texts, and the site's links."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import api_tables
+import blocks
+import docs_site
+import pytest
+
+import flash_attn_ext
+
+REPOSITORY = Path(__file__).parents[2]
+DOCS = REPOSITORY / "docs"
+ENGLISH = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+CHINESE = (REPOSITORY / "README.zh-CN.md").read_text(encoding="utf-8")
+
+FOREIGN_TEXTS = {
+    "ModuleNotFoundError: No module named 'torch'",
+    "detected CUDA version mismatches the version that was used to compile PyTorch",
+    "Killed",
+    "is not a supported wheel on this platform",
+    "undefined symbol: ...",
+    "version GLIBC_2.xx not found",
+    'Specified attn_implementation="flash_attn_ext" is not supported',
+    "CUDA driver version is insufficient for CUDA runtime version",
+    "no kernel image is available for execution on the device",
+}
+"""Error texts in docs/troubleshooting.md that are not ours."""
+
+
+# ------------------------------------------------------------------------------------------- API
+
+
+def test_the_api_page_is_what_the_docstrings_say() -> None:
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    for name, generate in api_tables.GENERATORS.items():
+        assert blocks.read_block(text, name).strip() == generate(), (
+            f"block {name} is stale; run: python tools/api_tables.py docs/api.md"
+        )
+
+
+def test_every_public_name_is_on_the_api_page() -> None:
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    for name in flash_attn_ext.__all__:
+        assert f"`{name}`" in text, name
+
+
+def test_every_public_module_is_on_the_api_page() -> None:
+    package = REPOSITORY / "flash_attn_ext"
+    elsewhere = {"autograd", "__main__", "__init__"}  # private, command line
+    found = {
+        path.relative_to(package).with_suffix("").as_posix().replace("/", ".")
+        for folder in (".", "layers", "ops", "integrations")
+        for path in (package / folder).glob("*.py")
+        if not path.name.startswith("_")
+    }
+    assert found - elsewhere <= {*api_tables.MODULES}
+
+
+def test_a_table_has_the_first_sentence_and_the_directive() -> None:
+    table = api_tables.table("merge").splitlines()
+    assert table[2].startswith("| `merge_states` | Attention over the union of two sets of keys,")
+    assert table[-1] == "<!-- docstrings: flash_attn_ext.merge merge_states apply_sink -->"
+
+
+def test_what_has_no_docstring_is_named() -> None:
+    def function() -> None: ...
+
+    with pytest.raises(ValueError, match=r"function: has no docstring"):
+        api_tables.first_sentence(function)
+
+
+# ------------------------------------------------------------------------------------- migration
+
+
+def arguments(function: object) -> list[str]:
+    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("section", "functions"),
+    [
+        ("`flash_attn_func`", ["flash_attn_func", "flash_attn_kvpacked_func"]),
+        ("`flash_attn_func`", ["flash_attn_qkvpacked_func"]),
+        ("`flash_attn_varlen_func`", ["flash_attn_varlen_func", "flash_attn_varlen_kvpacked_func"]),
+        ("`flash_attn_varlen_func`", ["flash_attn_varlen_qkvpacked_func"]),
+        ("`flash_attn_with_kvcache`", ["flash_attn_with_kvcache"]),
+    ],
+)
+def test_migration_names_every_argument(section: str, functions: list[str]) -> None:
+    """Those of this package and, where it has the function, of flash-attn 3."""
+    text = (DOCS / "migration.md").read_text(encoding="utf-8")
+    parts = {part.split("\n")[0]: part for part in text.split("\n## ")}
+    (head,) = (name for name in parts if name.startswith(section))
+    shown = parts[head]
+    if "varlen" in section:  # begins with: what stands above, and
+        shown += next(part for name, part in parts.items() if name.startswith("`flash_attn_func`"))
+    third = importlib.import_module("flash_attn_ext.compat.fa3.flash_attn_interface")
+    for name in functions:
+        assert f"`{name}`" in text or "packed forms" in head
+        both = (getattr(module, name, None) for module in (flash_attn_ext, third))
+        names = {x for function in both if function is not None for x in arguments(function)}
+        missing = {x for x in names - {"q", "k", "v"} if f"`{x}`" not in shown}
+        assert not missing, f"{name}: {sorted(missing)} not in the section {head}"
+
+
+@pytest.mark.parametrize("page", ["migration.md", "examples.md"])
+def test_code_of_a_page_runs(page: str) -> None:
+    found = blocks.fenced_code((DOCS / page).read_text(encoding="utf-8"), "python")
+    assert len(found) == 2
+    for code in found:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            exec(compile(code, page, "exec"), {"__name__": "page"})
+
+
+# ---------------------------------------------------------------------------------- other pages
+
+
+def test_the_table_of_integrations_has_the_versions_of_ci() -> None:
+    requirements = (REPOSITORY / ".ci/requirements.txt").read_text(encoding="utf-8")
+    pinned = dict(re.findall(r"^(torch|transformers|einops)==(\S+)$", requirements, re.MULTILINE))
+    text = (DOCS / "integrations.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.split("## What was run")[1].split("\n")
+        if line.startswith("|")
+    ]
+    in_ci = {row[0]: row[1] for row in rows[2:] if len(row) == 4}
+    assert f"torch {pinned['torch']}:" in in_ci["SDPA"]
+    assert in_ci["transformers"].startswith(
+        f"{pinned['transformers']} with torch {pinned['torch']}:"
+    )
+    assert f"einops {pinned['einops']}" in in_ci["flash-attn's modules"]
+    older = re.search(r"torch==(\d\.\d+)\.\*", (REPOSITORY / ".ci/run").read_text(encoding="utf-8"))
+    assert older is not None
+    assert in_ci["the wheel alone"].startswith(f"torch {older[1]}:")
+
+
+def test_every_example_is_listed() -> None:
+    text = (DOCS / "examples.md").read_text(encoding="utf-8")
+    for path in (REPOSITORY / "flash_attn_ext/examples").glob("[!_]*.py"):
+        assert f"(../flash_attn_ext/examples/{path.name})" in text, path.name
+
+
+def test_error_texts_of_troubleshooting_are_in_the_sources() -> None:
+    """So that who searches for a text finds it. `...` stands for what varies."""
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    heads = re.findall(r"\*\*(.+?)\*\*", text, re.DOTALL)
+    quoted = [" ".join(x.split()) for head in heads for x in re.findall(r"`([^`]+)`", head)]
+    assert len(quoted) > 15
+    folders = ("flash_attn_ext", "build_tools", "csrc")
+    sources = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in folders
+        for path in (REPOSITORY / folder).rglob("*.py")
+    )
+    # Literals that are joined across lines, and numbers that come from a format.
+    sources = re.sub(r'"\s*\n\s*f?"', "", sources)
+    sources = re.sub(r"\{[^{}]*\}", "...", sources)
+    for quote in quoted:
+        if quote in FOREIGN_TEXTS:
+            continue
+        for piece in re.split(r"\.\.\.|2\.1\d", quote):
+            assert piece.strip(" .:,") in sources, f"{quote!r}: {piece!r} is said nowhere"
+
+
+# ----------------------------------------------------------------------------------- the README
+
+
+def test_both_readmes_have_the_same_code() -> None:
+    fences = re.compile(r"^```\w*\n.*?^```$", re.MULTILINE | re.DOTALL)
+    assert fences.findall(CHINESE) == fences.findall(ENGLISH)
+
+
+def test_both_readmes_have_the_same_generated_blocks() -> None:
+    names = re.findall(r"<!-- begin: (\S+) -->", ENGLISH)
+    assert len(names) >= 5
+    assert re.findall(r"<!-- begin: (\S+) -->", CHINESE) == names
+    for name in names:
+        assert blocks.read_block(CHINESE, name) == blocks.read_block(ENGLISH, name), name
+
+
+def prose(text: str) -> str:
+    """Without generated blocks and code blocks."""
+    text = re.sub(r"<!-- begin: (\S+) -->.*?<!-- end: \1 -->", "", text, flags=re.DOTALL)
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_both_readmes_say_the_same_facts() -> None:
+    """Names in code marks, links and numbers, as far as a program can compare."""
+    english, chinese = prose(ENGLISH), prose(CHINESE)
+    code = re.compile(r"`([^`]+)`")
+    for name in {*code.findall(english)} ^ {*code.findall(chinese)}:
+        pytest.fail(f"`{name}` stands in one README only")
+    links = re.compile(r"\]\((?!#)([^)]+)\)")
+    other = {"README.md", "README.zh-CN.md"}
+    assert {*links.findall(english)} - other == {*links.findall(chinese)} - other
+    number = re.compile(r"(?<![\w.])\d[\d.,]*\d|(?<![\w.])\d")
+    plain = [sorted(number.findall(code.sub("", links.sub("", x)))) for x in (english, chinese)]
+    assert plain[0] == plain[1]
+
+
+def test_readmes_link_to_each_other() -> None:
+    assert "(README.zh-CN.md)" in ENGLISH.split("\n## ")[0]
+    assert "(README.md)" in CHINESE.split("\n## ")[0]
+
+
+# -------------------------------------------------------------------------------------- the site
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    for name in ("README.md", "docs/deep/page.md", "docs/other.md", "csrc/a.h"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "expected"),
+    [
+        ("README.md", "docs/other.md", "other.md"),
+        ("README.md", "docs/other.md#part", "other.md#part"),
+        ("README.md", "csrc/a.h", "source/csrc/a.h.md"),
+        ("docs/other.md", "../README.md", "index.md"),
+        ("docs/other.md", "deep/page.md", "deep/page.md"),
+        ("docs/deep/page.md", "../../csrc/a.h", "../source/csrc/a.h.md"),
+        ("docs/deep/page.md", "../other.md", "../other.md"),
+        ("docs/deep/page.md", "../gone.md", "../gone.md"),  # the site's build fails on it
+        ("docs/deep/page.md", "../../../outside.md", "../../../outside.md"),
+        ("docs/other.md", "https://pytorch.org/docs", "https://pytorch.org/docs"),
+        ("docs/other.md", "#part", "#part"),
+    ],
+)
+def test_links_of_the_site(page: str, link: str, expected: str, repository: Path) -> None:
+    rewritten = docs_site.rewrite_links(f"see [this]({link}) and that", page, repository)
+    assert rewritten == f"see [this]({expected}) and that"
+
+
+def test_linked_files(repository: Path) -> None:
+    text = "[a](../csrc/a.h) [b](../csrc/gone.h) [c](deep/page.md) `x[0](y)` [d](https://a.b/c)"
+    assert docs_site.linked_files(text, "docs/other.md", repository) == [
+        "csrc/a.h",
+        "docs/deep/page.md",
+    ]
+
+
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "docs/kernels/sm90.md"])
+def test_a_page_and_its_place_in_the_site(path: str) -> None:
+    assert docs_site.repository_path(docs_site.site_path(path)) == path
+
+
+def test_docstrings_of_the_site() -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="api.md"))
+    config = SimpleNamespace(config_file_path=str(REPOSITORY / "mkdocs.yml"))
+    text = docs_site.on_page_markdown("x\n<!-- docstrings: a.b c D -->\ny", page, config, None)
+    assert text == "x\n::: a.b.c\n\n::: a.b.D\n\ny"
+    page.file.src_uri = "source/csrc/a.h.md"
+    assert docs_site.on_page_markdown("[x](a.h)", page, config, None) == "[x](a.h)"
+
+
+def test_the_site_shows_every_page() -> None:
+    """What mkdocs itself finds as well, here without it."""
+    nav = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]
+    shown = re.findall(r": ([\w./-]+\.md)$", nav, re.MULTILINE)
+    pages = [path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")]
+    assert sorted(shown) == sorted([*pages, *docs_site.PAGES.values()])
