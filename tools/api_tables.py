@@ -2,9 +2,9 @@
 
     python tools/api_tables.py docs/api.md [--check]
 
-A group of the page is a module: all of its public functions and classes, in the order of the source,
-with the first sentence of each docstring. For the site, tools/docs_site.py adds signatures and whole
-docstrings behind each table. Needs the package, no GPU and no build.
+A group of the page is a module: all of its public functions and classes, in the order of the
+source, with the first sentence of each docstring. For the site, tools/docs_site.py adds signatures
+and whole docstrings behind each table. Needs the package, no GPU and no build.
 """
 
 from __future__ import annotations

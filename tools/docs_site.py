@@ -1,9 +1,9 @@
 """Hooks of mkdocs: the documentation reads the same in the repository and as a site.
 
 Pages link to files of the repository by relative paths, which a site that holds `docs/` alone could
-not follow. So the pages outside of `docs/` become pages of the site, a source file that a page links
-to becomes a page that shows it, and links are rewritten. What does not exist stays as it is, and
-`mkdocs build --strict` fails on it.
+not follow. So the pages outside of `docs/` become pages of the site, a source file that a page
+links to becomes a page that shows it, and links are rewritten. What does not exist stays as it is,
+and `mkdocs build --strict` fails on it.
 
 docs/api.md names functions in tables (tools/api_tables.py); behind each table stands
 `<!-- docstrings: MODULE NAME ... -->`, which becomes their signatures and docstrings.
@@ -54,7 +54,9 @@ def linked_files(markdown: str, page: str, root: Path) -> list[str]:
         root: the repository.
     """
     folder = posixpath.dirname(page)
-    paths = [posixpath.normpath(posixpath.join(folder, m["path"])) for m in _LINK.finditer(markdown)]
+    paths = [
+        posixpath.normpath(posixpath.join(folder, m["path"])) for m in _LINK.finditer(markdown)
+    ]
     return [path for path in paths if not path.startswith("..") and (root / path).is_file()]
 
 

@@ -1,4 +1,4 @@
-"""The documentation follows the code: names, arguments, versions, error texts, and the site's links."""
+"""The documentation follows the code: names, arguments, versions, error texts, links."""
 
 from __future__ import annotations
 
