@@ -2,80 +2,91 @@
 
     python tools/api_tables.py docs/api.md [--check]
 
-A group of the page is a module: all of its public functions and classes, in the order of the
-source, with the first sentence of each docstring. For the site, tools/docs_site.py adds signatures
-and whole docstrings behind each table. Needs the package, no GPU and no build.
+A section is a module that others may import: every one of the package, its layers/, ops/ and
+integrations/, whose name does not begin with an underscore. It lists the public functions and
+classes in the order of the source, with the first sentence of each docstring; tools/docs_site.py
+adds signatures and whole docstrings to the site. Reads the sources and imports nothing of them.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import inspect
+import ast
 import sys
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import blocks
 
-MODULES = [
-    "attention",
-    "kvcache",
-    "merge",
-    "plans",
-    "errors",
-    "bert_padding",
-    "layers.rotary",
-    "layers.mha",
-    "ops.layer_norm",
-    "ops.cross_entropy",
-    "ops.activations",
-    "integrations.sdpa",
-    "integrations.transformers",
-    "compat",
-    "reference",
-]
-"""Those with an interface to use; each is a block of the page called api-<module>."""
+PACKAGE = Path(__file__).resolve().parents[1] / "flash_attn_ext"
 
-PACKAGE = "flash_attn_ext"
+FIRST = ["attention", "kvcache", "merge", "plans", "errors", "bert_padding"]
+"""Modules at the begin of the page; the others follow by name, the definition at the end."""
+LAST = ["reference"]
+INTERNAL = {"autograd", "__main__", "__init__"}
 
 
-def public(module: Any) -> list[tuple[str, Any]]:
-    """Functions and classes that a module defines for others, in the order of its source."""
-    named = [
-        (name, item)
-        for name, item in vars(module).items()
-        if not name.startswith("_")
-        and (inspect.isfunction(item) or inspect.isclass(item))
-        and item.__module__ == module.__name__
-    ]
-    return sorted(named, key=lambda pair: inspect.getsourcelines(pair[1])[1])
+def modules() -> list[str]:
+    """Public modules, relative to the package: "attention", "layers.rotary" ..."""
+    paths = [PACKAGE / "compat/__init__.py"]
+    for folder in (".", "layers", "ops", "integrations"):
+        paths += (PACKAGE / folder).glob("*.py")
+    names = {
+        path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".") for path in paths
+    }
+    names = {name.removesuffix(".__init__") for name in names if name not in INTERNAL}
+    named = sorted(x for x in names if not x.split(".")[-1].startswith("_"))
+    middle = [x for x in named if x not in {*FIRST, *LAST, "layers", "ops", "integrations"}]
+    return [*FIRST, *middle, *LAST]
 
 
-def first_sentence(item: Any) -> str:
-    """Of its docstring; in one line, as a cell of a table."""
-    paragraph = (inspect.getdoc(item) or "").split("\n\n")[0].replace("\n", " ")
+def first_sentence(docstring: str | None, of: str) -> str:
+    """In one line, as a cell of a table."""
+    paragraph = (docstring or "").split("\n\n")[0].replace("\n", " ").strip()
     if not paragraph:
-        raise ValueError(f"{item.__module__}.{item.__qualname__}: has no docstring")
-    sentence = paragraph.split(". ")[0].rstrip(".")
+        raise ValueError(f"{of}: has no docstring")
+    sentence = paragraph.split(". ")[0].rstrip(".:")
     return sentence.replace("``", "`").replace("|", "\\|")
 
 
-def table(module_name: str) -> str:
-    """The table of one module, and the names for tools/docs_site.py."""
-    module = importlib.import_module(f"{PACKAGE}.{module_name}")
-    members = public(module)
+def section(name: str, source: str) -> str:
+    """The part of the page about one module."""
+    tree = ast.parse(source)
+    members = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    ]
     if not members:
-        raise ValueError(f"{module.__name__}: has nothing public")
-    rows = [f"| `{name}` | {first_sentence(item)} |" for name, item in members]
-    names = " ".join(name for name, _ in members)
-    head = ["| name | what it is |", "|---|---|"]
-    return "\n".join([*head, *rows, "", f"<!-- docstrings: {module.__name__} {names} -->"])
+        raise ValueError(f"{name}: has nothing public; begin its name with an underscore")
+    full = f"flash_attn_ext.{name}"
+    rows = [
+        f"| `{node.name}` | {first_sentence(ast.get_docstring(node), f'{full}.{node.name}')} |"
+        for node in members
+    ]
+    names = " ".join(node.name for node in members)
+    return "\n".join(
+        [
+            f"## `{full}`",
+            "",
+            first_sentence(ast.get_docstring(tree), full) + ".",
+            "",
+            "| name | what it is |",
+            "|---|---|",
+            *rows,
+            "",
+            f"<!-- docstrings: {full} {names} -->",
+        ]
+    )
 
 
-GENERATORS: dict[str, Callable[[], str]] = {
-    f"api-{name}": functools.partial(table, name) for name in MODULES
-}
+def generate() -> str:
+    """All sections."""
+    sections = []
+    for name in modules():
+        path = PACKAGE / name.replace(".", "/")
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        sections.append(section(name, file.read_text(encoding="utf-8")))
+    return "\n\n".join(sections)
+
 
 if __name__ == "__main__":
-    sys.exit(blocks.update_main(sys.argv[1:], description=__doc__, generators=GENERATORS))
+    sys.exit(blocks.update_main(sys.argv[1:], description=__doc__, generators={"api": generate}))

@@ -40,10 +40,9 @@ FOREIGN_TEXTS = {
 
 def test_the_api_page_is_what_the_docstrings_say() -> None:
     text = (DOCS / "api.md").read_text(encoding="utf-8")
-    for name, generate in api_tables.GENERATORS.items():
-        assert blocks.read_block(text, name).strip() == generate(), (
-            f"block {name} is stale; run: python tools/api_tables.py docs/api.md"
-        )
+    assert blocks.read_block(text, "api").strip() == api_tables.generate(), (
+        "docs/api.md is stale; run: python tools/api_tables.py docs/api.md"
+    )
 
 
 def test_every_public_name_is_on_the_api_page() -> None:
@@ -52,29 +51,45 @@ def test_every_public_name_is_on_the_api_page() -> None:
         assert f"`{name}`" in text, name
 
 
-def test_every_public_module_is_on_the_api_page() -> None:
-    package = REPOSITORY / "flash_attn_ext"
-    elsewhere = {"autograd", "__main__", "__init__"}  # private, command line
-    found = {
-        path.relative_to(package).with_suffix("").as_posix().replace("/", ".")
-        for folder in (".", "layers", "ops", "integrations")
-        for path in (package / folder).glob("*.py")
-        if not path.name.startswith("_")
-    }
-    assert found - elsewhere <= {*api_tables.MODULES}
+def test_public_modules() -> None:
+    found = api_tables.modules()
+    assert found[0] == "attention"
+    assert found[-1] == "reference"
+    assert {"compat", "layers.rotary", "ops.layer_norm", "integrations.sdpa"} <= {*found}
+    assert not [name for name in found if name.startswith("_") or "._" in name]
+    assert len(found) == len({*found})
 
 
-def test_a_table_has_the_first_sentence_and_the_directive() -> None:
-    table = api_tables.table("merge").splitlines()
-    assert table[2].startswith("| `merge_states` | Attention over the union of two sets of keys,")
-    assert table[-1] == "<!-- docstrings: flash_attn_ext.merge merge_states apply_sink -->"
+def test_a_section_of_the_api_page() -> None:
+    source = '''"""What it is for. And more."""
 
+def _hidden() -> None: ...
 
-def test_what_has_no_docstring_is_named() -> None:
-    def function() -> None: ...
+def shown(x: int) -> int:
+    """Adds 1 | 2 to ``x``.
 
-    with pytest.raises(ValueError, match=r"function: has no docstring"):
-        api_tables.first_sentence(function)
+    More.
+    """
+
+class Thing:
+    """A thing."""
+'''
+    assert api_tables.section("some.module", source).splitlines() == [
+        "## `flash_attn_ext.some.module`",
+        "",
+        "What it is for.",
+        "",
+        "| name | what it is |",
+        "|---|---|",
+        "| `shown` | Adds 1 \\| 2 to `x` |",
+        "| `Thing` | A thing |",
+        "",
+        "<!-- docstrings: flash_attn_ext.some.module shown Thing -->",
+    ]
+    with pytest.raises(ValueError, match=r"flash_attn_ext\.m\.f: has no docstring"):
+        api_tables.section("m", '"""A module."""\ndef f() -> None: ...')
+    with pytest.raises(ValueError, match="m: has nothing public"):
+        api_tables.section("m", '"""A module."""')
 
 
 # ------------------------------------------------------------------------------------- migration
