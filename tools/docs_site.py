@@ -30,11 +30,16 @@ _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)(?P<path>[^)#\s]+)(?=[)#])")
 _DOCSTRINGS = re.compile(r"<!-- docstrings: (?P<module>\S+) (?P<names>[^>]*?) ?-->")
 
 
+PICTURES = (".png", ".svg")
+
+
 def site_path(path: str) -> str:
-    """Where the site has the page of a file, given by its path in the repository."""
+    """Where the site has a file or the page of it, given by its path in the repository."""
     if path in PAGES:
         return PAGES[path]
-    return path.removeprefix("docs/") if path.startswith("docs/") else f"source/{path}.md"
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    return f"source/{path}" if path.endswith(PICTURES) else f"source/{path}.md"
 
 
 def repository_path(page: str) -> str:
@@ -94,16 +99,20 @@ def on_files(files: Any, config: Any) -> Any:
 
     root = Path(config.config_file_path).parent
 
-    def add(path: str, text: str) -> None:
-        files.append(File.generated(config, site_path(path), content=text))
+    def add(path: str, **content: str) -> None:
+        files.append(File.generated(config, site_path(path), **content))
 
     for path in PAGES:
-        add(path, (root / path).read_text(encoding="utf-8"))
+        add(path, content=(root / path).read_text(encoding="utf-8"))
     for file in list(files.documentation_pages()):
         origin = repository_path(file.src_uri)
         for path in linked_files(file.content_string, origin, root):
-            if files.get_file_from_path(site_path(path)) is None:
-                add(path, source_page(path, (root / path).read_text(encoding="utf-8")))
+            if files.get_file_from_path(site_path(path)) is not None:
+                continue
+            if path.endswith(PICTURES):
+                add(path, abs_src_path=str(root / path))
+            else:
+                add(path, content=source_page(path, (root / path).read_text(encoding="utf-8")))
     return files
 
 

@@ -233,7 +233,7 @@ def test_readmes_link_to_each_other() -> None:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    for name in ("README.md", "docs/deep/page.md", "docs/other.md", "csrc/a.h"):
+    for name in ("README.md", "docs/deep/page.md", "docs/other.md", "csrc/a.h", "picture.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("text\n")
     return tmp_path
@@ -245,6 +245,7 @@ def repository(tmp_path: Path) -> Path:
         ("README.md", "docs/other.md", "other.md"),
         ("README.md", "docs/other.md#part", "other.md#part"),
         ("README.md", "csrc/a.h", "source/csrc/a.h.md"),
+        ("README.md", "picture.png", "source/picture.png"),
         ("docs/other.md", "../README.md", "index.md"),
         ("docs/other.md", "deep/page.md", "deep/page.md"),
         ("docs/deep/page.md", "../../csrc/a.h", "../source/csrc/a.h.md"),
