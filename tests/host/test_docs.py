@@ -13,6 +13,7 @@ import api_tables
 import blocks
 import docs_site
 import pytest
+import sync_readme
 
 import flash_attn_ext
 
@@ -190,17 +191,32 @@ def test_error_texts_of_troubleshooting_are_in_the_sources() -> None:
 # ----------------------------------------------------------------------------------- the README
 
 
-def test_both_readmes_have_the_same_code() -> None:
-    fences = re.compile(r"^```\w*\n.*?^```$", re.MULTILINE | re.DOTALL)
-    assert fences.findall(CHINESE) == fences.findall(ENGLISH)
-
-
-def test_both_readmes_have_the_same_generated_blocks() -> None:
+def test_both_readmes_have_the_same_code_and_blocks() -> None:
+    assert sync_readme.synced(CHINESE, ENGLISH) == CHINESE, "run: python tools/sync_readme.py"
     names = re.findall(r"<!-- begin: (\S+) -->", ENGLISH)
     assert len(names) >= 5
-    assert re.findall(r"<!-- begin: (\S+) -->", CHINESE) == names
     for name in names:
         assert blocks.read_block(CHINESE, name) == blocks.read_block(ENGLISH, name), name
+
+
+def test_code_and_blocks_are_copied_into_the_translation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = "<!-- begin: a -->\n{}\n```sh\n{}\n```\n<!-- end: a -->\n"
+    original = "# One\n" + block.format("1", "new") + "text\n```python\nx = 1\n```\n"
+    translation = "# Yi\n" + block.format("0", "old") + "wenzi\n```python\nx = 0\n```\n"
+    Path("README.md").write_text(original)
+    Path("README.zh-CN.md").write_text(translation)
+    assert sync_readme.main(["--check"]) == 1
+    assert "stale; run: python tools/sync_readme.py" in capsys.readouterr().out
+    assert Path("README.zh-CN.md").read_text() == translation
+    assert sync_readme.main([]) == 0
+    expected = original.replace("One", "Yi").replace("text", "wenzi")
+    assert Path("README.zh-CN.md").read_text() == expected
+    assert sync_readme.main(["--check"]) == 0
+    with pytest.raises(ValueError, match=r"has a; expected as in README\.md: a, code; put what is"):
+        sync_readme.synced(translation.split("wenzi")[0], original)
 
 
 def prose(text: str) -> str:
