@@ -13,8 +13,9 @@ REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [
     REPOSITORY / "README.md",
+    REPOSITORY / "README.zh-CN.md",
     REPOSITORY / "CONTRIBUTING.md",
-    *sorted((REPOSITORY / "docs").glob("*.md")),
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
 ]
 EXAMPLES = blocks.fenced_code(README, "python")
 
@@ -55,7 +56,7 @@ def test_links(document: Path) -> None:
 def test_named_files_exist(document: Path) -> None:
     """Paths of the repository that a document names in code marks."""
     folders = "flash_attn_ext|csrc|tools|tests|benchmarks|docs|wheels|build_tools"
-    pattern = rf"(?:^|[`\s(])((?:{folders})/[\w./-]*\w\.(?:py|h|cpp|cu|def|txt|md))"
+    pattern = rf"(?:^|[`\s(])((?:{folders})/[\w./-]*\w\.(?:py|h|cpp|cuh|cu|def|txt|md)\b)"
     for name in re.findall(pattern, document.read_text(encoding="utf-8"), re.MULTILINE):
         assert (REPOSITORY / name).exists(), name
 
