@@ -190,32 +190,37 @@ class FlashAttentionLayer(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.num_heads_q, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.num_heads_kv, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_heads_kv, self.head_dim))
-        if cache is None:
-            out = self._attend(q, k, v, cu_seqlens, max_seqlen)
-        else:
+        if cache is not None:
             out = self._attend_cached(q, k, v, cache, cu_seqlens, max_seqlen)
+        else:
+            if self.rotary_dim > 0:
+                q, k = self._rotate(q, k, cu_seqlens, max_seqlen)
+            out = self._attend(q, k, v, cu_seqlens, max_seqlen)
         projected: Tensor = self.o_proj(out.flatten(-2))
         return projected
+
+    def _rotate(
+        self, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Each sequence begins at position 0."""
+        longest = q.shape[1] if cu_seqlens is None else _checks.max_seqlen("max_seqlen", max_seqlen)
+        tables = self.rotary.cos_sin(longest, q.device, q.dtype)
+        options: dict[str, Any] = {
+            "interleaved": self.rotary.interleaved,
+            "cu_seqlens": cu_seqlens,
+            "max_seqlen": longest,
+        }
+        return apply_rotary_emb(q, *tables, **options), apply_rotary_emb(k, *tables, **options)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None
     ) -> Tensor:
-        """Without a cache: each sequence begins at position 0."""
-        longest = q.shape[1] if cu_seqlens is None else _checks.max_seqlen("max_seqlen", max_seqlen)
-        if self.rotary_dim > 0:
-            cos, sin = self.rotary.cos_sin(longest, q.device, q.dtype)
-            angles: dict[str, Any] = {
-                "interleaved": self.rotary.interleaved,
-                "cu_seqlens": cu_seqlens,
-                "max_seqlen": longest,
-            }
-            q = apply_rotary_emb(q, cos, sin, **angles)
-            k = apply_rotary_emb(k, cos, sin, **angles)
+        """Without a cache."""
         dropout_p = self.dropout_p if self.training else 0.0
         if cu_seqlens is None:
             out: Tensor = flash_attn_func(q, k, v, dropout_p, **self.options)
         else:
-            ends = (cu_seqlens, cu_seqlens, longest, longest)
+            ends = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
             out = flash_attn_varlen_func(q, k, v, *ends, dropout_p, **self.options)
         return out
 
