@@ -7,10 +7,12 @@ not compared "wrong" and "missing", a sentence each.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import statistics
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -176,9 +178,9 @@ def environment(kind: str, setup: Setup) -> Json:
     if setup.device.type == "cpu":
         found["threads"] = torch.get_num_threads()
     if kind == "decode":
-        found["copy_gb_per_s"] = round(measure.copy_gb_per_s(setup.device), 1)
+        found["copy_gb_per_s"] = _rounded(measure.copy_gb_per_s(setup.device))
     elif kind != "memory":
-        found["matmul_tflops"] = round(measure.matmul_tflops(setup.device, setup.dtype), 3)
+        found["matmul_tflops"] = _rounded(measure.matmul_tflops(setup.device, setup.dtype))
     return found
 
 
@@ -194,7 +196,7 @@ class _Trial:
     def judge(self, name: str, judge: Judge, results: Sequence[Tensor]) -> bool:
         """Keeps the errors; whether they are small enough."""
         errors = judge.errors(results)
-        self.errors[name] = {what: float(f"{error:.3g}") for what, error in errors.items()}
+        self.errors[name] = {what: _rounded(error) for what, error in errors.items()}
         verdict = judge.verdict(errors)
         if verdict is not None:
             self.wrong[name] = verdict
@@ -210,6 +212,19 @@ class _Trial:
             "wrong": self.wrong,
             "missing": self.missing,
         }
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """The first call of a provider: why a backend is not used is in its error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _rounded(number: float) -> float:
+    """Five digits that count."""
+    return float(f"{number:.5g}")
 
 
 def _sentence(error: BaseException) -> str:
@@ -232,15 +247,18 @@ def timed(setup: Setup, kind: str, which: str, problem: AnyProblem, names: Seque
     tensors = problem.tensors(setup.device, setup.dtype)
     table, trial = table_of(kind), _Trial()
     is_backward = which == "bwd"
+    if not is_backward:
+        tensors = [x.detach() for x in tensors]
     dout = torch.randn_like(tensors[0]) if is_backward else None
     judge = Judge(problem, tensors, dout)
     with torch.set_grad_enabled(is_backward):
         for name in names:
             try:
-                call: Callable[[], Any] = table[name](problem, tensors)
-                if is_backward:
-                    call = backward(call, tensors, dout)
-                results = call()
+                with _quietly():
+                    call: Callable[[], Any] = table[name](problem, tensors)
+                    if is_backward:
+                        call = backward(call, tensors, dout)
+                    results = call()
             except Exception as error:  # whatever a peer raises
                 trial.missing[name] = _refused(name, error)
                 continue
@@ -250,13 +268,13 @@ def timed(setup: Setup, kind: str, which: str, problem: AnyProblem, names: Seque
         calls = list(trial.calls.values())
         times = measure.median_ms(calls, setup.device, repetitions=setup.repetitions)
     ms = dict(zip(trial.calls, times, strict=True))
-    numbers: dict[str, Json] = {"ms": {name: round(t, 5) for name, t in ms.items()}}
+    numbers: dict[str, Json] = {"ms": {name: _rounded(t) for name, t in ms.items()}}
     if isinstance(problem, DecodeProblem):
         size = problem.cache_bytes(setup.dtype)
-        numbers["gb_per_s"] = {name: round(size / t / 1e6, 2) for name, t in ms.items()}
+        numbers["gb_per_s"] = {name: _rounded(size / t / 1e6) for name, t in ms.items()}
     else:
         flops = problem.flops() * (BWD_FLOPS if is_backward else 1)
-        numbers["tflops"] = {name: round(flops / t / 1e9, 4) for name, t in ms.items()}
+        numbers["tflops"] = {name: _rounded(flops / t / 1e9) for name, t in ms.items()}
     return trial.row(which, problem, **numbers)
 
 
@@ -275,7 +293,8 @@ def peaks(setup: Setup, problem: Problem, names: Sequence[str]) -> Json:
             return torch.autograd.grad(out, tensors, dout)
 
         try:
-            step()  # loads libraries, compiles
+            with _quietly():
+                step()  # loads libraries, compiles
             found[name], results = measure.peak_bytes(step, setup.device)
         except Exception as error:  # whatever a peer raises
             trial.missing[name] = _refused(name, error)

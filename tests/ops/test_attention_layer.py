@@ -43,7 +43,9 @@ def plain(layer: FlashAttentionLayer, x: Tensor, **options: Any) -> Tensor:
         cos, sin = layer.rotary.cos_sin(x.shape[1], x.device, x.dtype)
         positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         q, k = (
-            rotary_reference(t, cos, sin, positions, interleaved=layer.rotary.interleaved)
+            rotary_reference(t, cos, sin, positions, interleaved=layer.rotary.interleaved).to(
+                x.dtype
+            )
             for t in (q, k)
         )
     out = attention_reference(q, k, v, **{**layer.options, **options}).out
