@@ -281,14 +281,12 @@ def timed(setup: Setup, kind: str, which: str, problem: AnyProblem, names: Seque
 def peaks(setup: Setup, problem: Problem, names: Sequence[str]) -> Json:
     """One row: most memory of forward and backward beside q, k and v; ours estimated too."""
     trial, found = _Trial(), {}
+    tensors = problem.tensors(setup.device, setup.dtype)
+    dout = torch.randn_like(tensors[0])
+    judge = Judge(problem, tensors, dout)
     for name in names:
-        tensors = problem.tensors(setup.device, setup.dtype)
-        dout = torch.randn_like(tensors[0])
-        judge = Judge(problem, tensors, dout)
 
-        def step(
-            name: str = name, tensors: list[Tensor] = tensors, dout: Tensor = dout
-        ) -> tuple[Tensor, ...]:
+        def step(name: str = name) -> tuple[Tensor, ...]:
             out = table_of("memory")[name](problem, tensors)()
             return torch.autograd.grad(out, tensors, dout)
 
