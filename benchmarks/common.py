@@ -11,6 +11,7 @@ from flash_attn_ext.bench.measure import (
     device_slug,
     environment,
     median_ms,
+    peak_bytes,
     write_results,
 )
 
@@ -24,5 +25,6 @@ __all__ = [
     "device_slug",
     "environment",
     "median_ms",
+    "peak_bytes",
     "write_results",
 ]

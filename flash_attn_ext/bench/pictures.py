@@ -169,7 +169,7 @@ def memory(document: Json) -> Any:
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("tokens")
-    axes.set_ylabel("MiB of forward and backward beside q, k, v")
+    axes.set_ylabel("MiB of forward and backward beside q, k, v, dout")
     _finish(figure, axes, document, names)
     return figure
 

@@ -279,7 +279,7 @@ def timed(setup: Setup, kind: str, which: str, problem: AnyProblem, names: Seque
 
 
 def peaks(setup: Setup, problem: Problem, names: Sequence[str]) -> Json:
-    """One row: most memory of forward and backward beside q, k and v; ours estimated too."""
+    """One row: most memory of forward and backward beside q, k, v and dout; ours estimated too."""
     trial, found = _Trial(), {}
     tensors = problem.tensors(setup.device, setup.dtype)
     dout = torch.randn_like(tensors[0])

@@ -204,6 +204,29 @@ def test_impossible_heads() -> None:
 
 
 @pytest.mark.parametrize("page_size", [None, 64])
+@torch.no_grad()
+def test_a_step_of_generation_in_a_cuda_graph(page_size: int | None) -> None:
+    """The cache counts its tokens on the device: a captured step can be replayed."""
+    require(NEEDS_CUDA)
+    layer = FlashAttentionLayer(512, 8, 2, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2, 40, 512, device="cuda", dtype=torch.bfloat16)
+    eager, captured = (layer.new_cache(2, 64, page_size=page_size) for _ in range(2))
+    expected = [layer(x[:, :32], eager), *(layer(x[:, i : i + 1], eager) for i in range(32, 40))]
+    layer(x[:, :32], captured)
+    token = torch.empty_like(x[:, :1])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer(token, captured)
+    for i in range(32, 40):
+        token.copy_(x[:, i : i + 1])
+        graph.replay()
+        assert torch.equal(out, expected[i - 31])
+    assert captured.seqlens.tolist() == [40, 40]
+    for name in ("k", "v"):
+        assert torch.equal(getattr(captured, name), getattr(eager, name))
+
+
+@pytest.mark.parametrize("page_size", [None, 64])
 @pytest.mark.parametrize("options", [{}, {"window_size": (300, 0)}, {"softcap": 20.0}])
 @torch.no_grad()
 def test_pieces_on_the_gpu(page_size: int | None, options: dict[str, Any]) -> None:
