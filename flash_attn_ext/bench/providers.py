@@ -155,11 +155,18 @@ def xformers(problem: Problem, tensors: Sequence[Tensor]) -> Call:
     return call
 
 
+_MAX_SHAPES = 256
+
+
 @functools.cache
 def _compiled_flex() -> Any:
+    """Compiled for each shape; ``fullgraph`` makes giving up an error, not a slow eager call."""
+    from torch._dynamo import config
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    limits: Any = config
+    limits.recompile_limit = max(limits.recompile_limit, _MAX_SHAPES)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask_mod: Any) -> Call:

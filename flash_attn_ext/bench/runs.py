@@ -161,7 +161,8 @@ def _packed_problems(sizes: Sizes, head_dim: int, where: str) -> list[PackedProb
     longest = max(sizes.seqlens) if sizes.seqlens else _TOKENS[where] // 4
     rng = random.Random(0)
     mixed = tuple(rng.randint(max(1, longest // 16), longest) for _ in range(8))
-    equal = (max(1, longest // 8),) * 16
+    short = max(1, longest // 8)
+    equal = (short,) * max(16, 2 * _TOKENS[where] // short)
     skewed = (longest, *((max(1, longest // 32),) * 16))
     return [PackedProblem(seqlens, heads, head_dim) for seqlens in (mixed, equal, skewed)]
 
