@@ -87,8 +87,13 @@ def _groups(rows: Sequence[Json]) -> dict[str, list[Json]]:
 
 def _ticks(kind: str, rows: Sequence[Json]) -> list[str]:
     if kind == "varlen":
-        return [f"{len(r['seqlens'])} x {min(r['seqlens'])}..{max(r['seqlens'])}" for r in rows]
+        return [_packed(row["seqlens"]) for row in rows]
     return [in_k(_length(row)) for row in rows]
+
+
+def _packed(seqlens: Sequence[int]) -> str:
+    shortest, longest = min(seqlens), max(seqlens)
+    return f"{len(seqlens)} x {longest if shortest == longest else f'{shortest}..{longest}'}"
 
 
 def _bars(axes: Any, rows: Sequence[Json], names: Sequence[str], metric: str) -> None:

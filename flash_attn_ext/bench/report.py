@@ -19,7 +19,7 @@ _STYLE = """body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }
 th, td { border: 1px solid #ccc; padding: .2em .6em; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-td.wrong { background: #fdd; color: #900; } td.best { font-weight: bold; }
+td.wrong { background: #fdd; color: #900; }
 img { max-width: 100%; } pre { background: #f4f4f4; padding: .6em; overflow: auto; }"""
 
 
@@ -126,7 +126,7 @@ def conditions(document: Json) -> str:
         environment["dtype"],
     ]
     if "threads" in environment:
-        parts.append(f"{environment['threads']} threads")
+        parts.append(f"CPU threads: {environment['threads']}")
     if "matmul_tflops" in environment:
         parts.append(f"matrix product {environment['matmul_tflops']:.4g} TFLOP/s")
     if "copy_gb_per_s" in environment:
