@@ -134,8 +134,10 @@ def _commit() -> str:
     built_from = (_load.status().build_info or {}).get("git_sha")
     if built_from:
         return str(built_from)[:12]
-    folder = str(Path(__file__).parent)
-    return (_output("git", "-C", folder, "rev-parse", "HEAD") or "unknown")[:12]
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "csrc").is_dir():  # installed: a repository around it would be another one
+        return "unknown"
+    return (_output("git", "-C", str(root), "rev-parse", "HEAD") or "unknown")[:12]
 
 
 def _relative(argument: str) -> str:

@@ -10,7 +10,8 @@ kinds:
 
 Everything is run alternately in one process, and medians count. Every result is checked against
 fp64 first: a peer that is wrong is marked so, and its time is not compared. Peers that are not
-installed, or do not take a problem, are listed with the reason. On a GPU flash_attn_ext has to run
+installed, or do not take a problem, are listed with the reason. FlexAttention is compiled for each
+problem, which takes seconds; --vs without it saves them. On a GPU flash_attn_ext has to run
 a kernel; on the CPU it is its tiled PyTorch operations. --out writes bench_<kind>.json, .png (with
 matplotlib) and .html, one file with everything in it. Exit code 1 if flash_attn_ext is wrong.
 """

@@ -115,17 +115,32 @@ def test_render_without_results(tmp_path: Path) -> None:
     assert render_results.attention_pictures(tmp_path) == render_results.EMPTY_ATTENTION
 
 
-def test_every_document_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [
-        path.relative_to(render_results.ROOT).as_posix() for path in render_results.documents()
-    ]
-    assert {"README.md", "docs/performance/attention.md"} <= set(names)
-    monkeypatch.setitem(render_results.GENERATORS, "benchmarks", lambda: "something else")
+def test_every_document_is_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that have a block, and then the pictures."""
+    texts = {
+        "README.md": "<!-- begin: benchmarks -->\n<!-- end: benchmarks -->\n",
+        "docs/deep/a.md": "<!-- begin: attention-summary -->\n<!-- end: attention-summary -->\n",
+        "docs/b.md": "no block\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(render_results, "ROOT", tmp_path)
+    for name in ("benchmarks", "attention-summary"):
+        monkeypatch.setitem(render_results.GENERATORS, name, lambda name=name: f"new {name}")
+    drawn: list[list[str]] = []
     monkeypatch.setattr(
-        render_results.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0)
+        render_results.subprocess,
+        "run",
+        lambda command, **_: drawn.append(command[2:]) or SimpleNamespace(returncode=0),
     )
+    assert [path.name for path in render_results.documents()] == ["README.md", "a.md"]
     assert render_results.main(["--check"]) == 1
-    assert render_results.main(["docs/performance/attention.md", "--check"]) == 0
+    assert render_results.main([str(tmp_path / "docs/deep/a.md")]) == 0
+    assert render_results.main(["--check"]) == 1  # README.md still
+    assert render_results.main([]) == render_results.main(["--check"]) == 0
+    assert "new attention-summary" in (tmp_path / "docs/deep/a.md").read_text()
+    assert drawn == [["--check"], ["--check"], [], ["--check"]]
 
 
 def test_work_of_attention_problems() -> None:
