@@ -277,15 +277,15 @@ def host(setup: Setup) -> Iterator[Json]:
 
 def peak_bytes(call: Call, tensors: Sequence[Tensor], device: torch.device) -> int | None:
     """Most memory of forward and backward beside the inputs; None: there is not enough."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    try:
+
+    def step() -> None:
         out = call()
         torch.autograd.grad(out, list(tensors), torch.ones_like(out))
+
+    try:
+        return common.peak_bytes(step, device)[0]
     except torch.cuda.OutOfMemoryError:
         return None
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def memory(setup: Setup) -> Iterator[Json]:

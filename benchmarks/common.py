@@ -1,164 +1,30 @@
-"""What every benchmark shares: interleaved timing, the environment of a run, result files.
-
-Conventions: functions that are compared run alternately in one process on random data, each at
-least 20 times, and the median counts. A ratio within one run can be trusted; an absolute number
-moves with the board, its heat and its power limit, so the clocks are written beside it.
-"""
+"""What every benchmark shares: flash_attn_ext.bench.measure, and where the results are."""
 
 from __future__ import annotations
 
-import datetime
-import json
-import platform
-import re
-import shlex
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
+from flash_attn_ext.bench.measure import (
+    MIN_REPETITIONS,
+    Json,
+    copy_of,
+    device_slug,
+    environment,
+    median_ms,
+    peak_bytes,
+    write_results,
+)
 
 RESULTS = Path(__file__).resolve().parent / "results"
-MIN_REPETITIONS = 20
 
-Json = dict[str, Any]
-
-
-def median_ms(
-    functions: Sequence[Callable[[], object]],
-    device: torch.device,
-    *,
-    repetitions: int = MIN_REPETITIONS,
-    warmup: int = 3,
-) -> list[float]:
-    """Median milliseconds of each function, called in turn.
-
-    On CUDA the time is that between two events on the current stream. Nothing is synchronised
-    between the calls, so the queue stays ahead of the GPU and no launch overhead is measured, as
-    long as a call takes longer on the GPU than on the host.
-
-    Args:
-        functions: enqueue work on ``device``; their results are dropped.
-        device: where they work.
-        repetitions: timed calls of each.
-        warmup: untimed calls of each before.
-    """
-    for _ in range(warmup):
-        for function in functions:
-            function()
-    if device.type == "cuda":
-        times = _cuda_times(functions, repetitions)
-    else:
-        times = _host_times(functions, repetitions)
-    return [statistics.median(of_function) for of_function in times]
-
-
-def _cuda_times(functions: Sequence[Callable[[], object]], repetitions: int) -> list[list[float]]:
-    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in functions]
-    torch.cuda.synchronize()
-    for _ in range(repetitions):
-        for function, of_function in zip(functions, events, strict=True):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            function()
-            end.record()
-            of_function.append((begin, end))
-    torch.cuda.synchronize()
-    return [[begin.elapsed_time(end) for begin, end in of_function] for of_function in events]
-
-
-def _host_times(functions: Sequence[Callable[[], object]], repetitions: int) -> list[list[float]]:
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(repetitions):
-        for function, of_function in zip(functions, times, strict=True):
-            begin = time.perf_counter()
-            function()
-            of_function.append((time.perf_counter() - begin) * 1e3)
-    return times
-
-
-def copy_of(num_bytes: int, device: torch.device) -> Callable[[], object]:
-    """A ``Tensor.copy_`` that moves ``num_bytes``, half of them read and half written."""
-    source = torch.randint(-(2**31), 2**31 - 1, (num_bytes // 8,), dtype=torch.int32, device=device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
-
-
-def environment(device: torch.device) -> Json:
-    """What a reader needs to judge or repeat a run."""
-    facts: Json = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "command": shlex.join(["python", *map(_relative, sys.argv)]),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    if device.type == "cuda":
-        facts |= {"cuda": torch.version.cuda, **_nvidia_smi(device)}
-    return facts
-
-
-def device_slug(name: str) -> str:
-    """Folder name of a device: ``NVIDIA H200`` -> ``h200``."""
-    words = re.sub(r"\b(nvidia|geforce|tesla|\(r\)|\(tm\)|cpu)\b", "", name.lower())
-    return re.sub(r"[^a-z0-9]+", "-", words).strip("-") or "unknown"
-
-
-def write_results(path: Path, env: Json, rows: Sequence[Json]) -> None:
-    """Writes one result file: ``{"environment": {...}, "rows": [{...}, ...]}``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": env, "rows": list(rows)}, indent=1) + "\n")
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _commit() -> str:
-    """The commit that the measured build was made from; unknown to it, that of the working tree."""
-    from flash_attn_ext import _load
-
-    built_from = (_load.status().build_info or {}).get("git_sha")
-    if built_from:
-        return str(built_from)[:12]
-    folder = str(Path(__file__).parent)
-    return (_output("git", "-C", folder, "rev-parse", "HEAD") or "unknown")[:12]
-
-
-def _relative(argument: str) -> str:
-    path = Path(argument)
-    return path.name if path.is_absolute() else argument
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    match = re.search(r"model name\s*:\s*(.+)", text)
-    return f"CPU {match[1] if match else platform.machine()}"
-
-
-def _nvidia_smi(device: torch.device) -> Json:
-    """Driver, power limit, and clocks and power under a copy, as nvidia-smi names them."""
-    fields = ["driver_version", "clocks.sm", "clocks.mem", "power.draw", "power.limit"]
-    index = torch.cuda.current_device() if device.index is None else device.index
-    uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
-    copy = copy_of(2**31, device)
-    for _ in range(800):  # about half a second at 4 TB/s: longer than nvidia-smi takes
-        copy()
-    row = _output("nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(fields)}", "--format=csv")
-    torch.cuda.synchronize(device)
-    if row is None:
-        return dict.fromkeys(fields)
-    values = [value.strip() for value in row.splitlines()[-1].split(",")]
-    return dict(zip(fields, values, strict=True))
+__all__ = [
+    "MIN_REPETITIONS",
+    "RESULTS",
+    "Json",
+    "copy_of",
+    "device_slug",
+    "environment",
+    "median_ms",
+    "peak_bytes",
+    "write_results",
+]

@@ -4,46 +4,33 @@
 
 attention_dense*.json gives one picture of TFLOP/s over length, attention_memory*.json one of peak
 memory over length, attention_training*.json one of the loss. Needs matplotlib
-(`pip install '.[demo]'`).
+(`pip install '.[demo]'`). A picture carries the hash of its file: --check, which needs no
+matplotlib, fails where one is missing or was drawn from other contents.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import common
 
-NAMES = {
-    "ours": "flash_attn_ext",
-    "ours_deterministic": "flash_attn_ext, deterministic",
-    "sdpa_flash": "PyTorch, FlashAttention-2",
-    "sdpa_cudnn": "PyTorch, cuDNN",
-    "plain": "plain PyTorch",
-}
-COLORS = dict(zip(NAMES, ("C0", "C9", "C1", "C2", "C3"), strict=True))
+from flash_attn_ext.bench import providers
+from flash_attn_ext.bench.pictures import COLORS, legend, length_axis, new_figure
+
+NAMES = providers.LABELS
 TRAINING = {"ours": "C0", "sdpa": "C1"}
 
+HASH_KEY = "Source"
+"""Name of the text in a picture that holds the hash of its result file."""
+
 Rows = Sequence[dict[str, Any]]
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _lengths(axes: Any, lengths: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
-    axes.grid(alpha=0.3)
 
 
 def dense(content: dict[str, Any]) -> Any:
@@ -51,7 +38,7 @@ def dense(content: dict[str, Any]) -> Any:
     rows: Rows = content["rows"]
     head_dims = sorted({row["head_dim"] for row in rows})
     kinds = list(dict.fromkeys((row["pass"], row["causal"]) for row in rows))
-    figure = _figure(3.2 * len(head_dims), 2.6 * len(kinds))
+    figure = new_figure(3.2 * len(head_dims), 2.6 * len(kinds))
     grid = figure.subplots(len(kinds), len(head_dims), squeeze=False, sharex=True)
     for axes_of_kind, (which, causal) in zip(grid, kinds, strict=True):
         for axes, head_dim in zip(axes_of_kind, head_dims, strict=True):
@@ -64,7 +51,7 @@ def dense(content: dict[str, Any]) -> Any:
                 points = [(r["seqlen"], r["tflops"][name]) for r in chosen if name in r["tflops"]]
                 if points:
                     axes.plot(*zip(*points, strict=True), "o-", color=COLORS[name], ms=3)
-            _lengths(axes, sorted({row["seqlen"] for row in chosen}))
+            length_axis(axes, sorted({row["seqlen"] for row in chosen}))
             axes.set_ylim(bottom=0)
             axes.set_title(f"{which}, head_dim {head_dim}{', causal' if causal else ''}", size=9)
         axes_of_kind[0].set_ylabel("TFLOP/s")
@@ -76,7 +63,7 @@ def dense(content: dict[str, Any]) -> Any:
 def memory(content: dict[str, Any]) -> Any:
     """Peak memory of forward and backward, both axes logarithmic."""
     rows: Rows = content["rows"]
-    figure = _figure(6.5, 4)
+    figure = new_figure(6.5, 4)
     axes = figure.subplots()
     used = list(rows[0]["peak_bytes"])
     for name in used:
@@ -87,7 +74,7 @@ def memory(content: dict[str, Any]) -> Any:
         ]
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=COLORS[name], ms=3)
-    _lengths(axes, [row["seqlen"] for row in rows])
+    length_axis(axes, [row["seqlen"] for row in rows])
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("tokens")
@@ -99,7 +86,7 @@ def memory(content: dict[str, Any]) -> Any:
 def training(content: dict[str, Any]) -> Any:
     """The loss of every run, one axes for each dtype."""
     rows: Rows = content["rows"]
-    figure = _figure(5 * len(rows), 3.6)
+    figure = new_figure(5 * len(rows), 3.6)
     all_axes = figure.subplots(1, len(rows), squeeze=False, sharey=True)[0]
     for axes, row in zip(all_axes, rows, strict=True):
         for name, runs in row["losses"].items():
@@ -120,10 +107,7 @@ def training(content: dict[str, Any]) -> Any:
 
 
 def _legend(figure: Any, axes: Any, names: Sequence[str]) -> None:
-    handles = [
-        axes.plot([], [], "o-", color=COLORS[name], ms=3, label=NAMES[name])[0] for name in names
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 3), fontsize=8)
+    legend(figure, axes, {name: NAMES[name] for name in names})
 
 
 DRAWINGS = {
@@ -133,34 +117,75 @@ DRAWINGS = {
 }
 
 
-def draw(folder: Path) -> list[Path]:
-    """Writes a .png beside each result file of a folder that has rows; returns their paths."""
-    pictures = []
+def drawn(folder: Path) -> Iterator[tuple[Path, Callable[[dict[str, Any]], Any], dict[str, Any]]]:
+    """The result files of a folder that have a picture: path, drawing, contents."""
     for prefix, drawing in DRAWINGS.items():
         for path in sorted(folder.glob(f"{prefix}*.json")):
             content = json.loads(path.read_text(encoding="utf-8"))
-            if not content["rows"]:
-                continue
-            figure = drawing(content)
-            environment = content["environment"]
-            figure.suptitle(
-                ", ".join(
-                    environment[key][:limit]
-                    for key, limit in (("device", None), ("dtype", None), ("date", 10))
-                    if key in environment
-                ),
-                size=9,
-            )
-            pictures.append(path.with_suffix(".png"))
-            figure.savefig(pictures[-1], dpi=110, metadata={"Software": None})
+            if content["rows"]:
+                yield path, drawing, content
+
+
+def draw(folder: Path) -> list[Path]:
+    """Writes a .png beside each result file of a folder that has rows; returns their paths."""
+    pictures = []
+    for path, drawing, content in drawn(folder):
+        figure = drawing(content)
+        environment = content["environment"]
+        figure.suptitle(
+            ", ".join(
+                environment[key][:limit]
+                for key, limit in (("device", None), ("dtype", None), ("date", 10))
+                if key in environment
+            ),
+            size=9,
+        )
+        pictures.append(path.with_suffix(".png"))
+        metadata = {"Software": None, HASH_KEY: source_hash(path)}
+        figure.savefig(pictures[-1], dpi=110, metadata=metadata)
     return pictures
 
 
+def source_hash(path: Path) -> str:
+    """SHA-256 of a result file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def png_texts(data: bytes) -> dict[str, str]:
+    """The tEXt chunks of a PNG file: length, type, contents and checksum each."""
+    texts, at = {}, len(b"\x89PNG\r\n\x1a\n")
+    while at + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind == b"tEXt":
+            key, _, text = data[at + 8 : at + 8 + length].partition(b"\0")
+            texts[key.decode("latin-1")] = text.decode("latin-1")
+        at += length + 12
+    return texts
+
+
+def stale(folder: Path) -> Iterator[str]:
+    """What is wrong with the pictures of a folder."""
+    for path, _, _ in drawn(folder):
+        picture = path.with_suffix(".png")
+        if not picture.exists():
+            yield f"{picture}: missing"
+        elif png_texts(picture.read_bytes()).get(HASH_KEY) != source_hash(path):
+            yield f"{picture}: stale, drawn from other contents of {path.name}"
+
+
 def main(argv: list[str]) -> int:
-    """Draws; 1 if there is nothing to draw or nothing to draw with."""
+    """Draws, or checks; 1 if a picture is stale or there is nothing to draw (with)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="*", type=Path, help="default: all of the results")
-    folders = parser.parse_args(argv).folders or sorted(common.RESULTS.iterdir())
+    parser.add_argument("--check", action="store_true", help="fail if a picture is stale")
+    options = parser.parse_args(argv)
+    folders = options.folders or sorted(common.RESULTS.iterdir())
+    if options.check:
+        problems = [problem for folder in folders for problem in stale(folder)]
+        for problem in problems:
+            print(f"{problem}; run: python benchmarks/plot_attention.py")
+        print(f"pictures: {'stale' if problems else 'up to date'}")
+        return int(bool(problems))
     try:
         pictures = [picture for folder in folders for picture in draw(folder)]
     except ImportError:

@@ -42,7 +42,12 @@ if not _installed.redirect(__name__):
     if os.environ.get("FLASH_ATTN_EXT_SDPA", "0") not in ("", "0"):
         importlib.import_module("flash_attn_ext.integrations.sdpa").activate()
 
-    _LAZY = {"explain": "flash_attn_ext.plans"}
+    _LAZY = {
+        "AttentionShape": "flash_attn_ext.memory",
+        "estimate_memory": "flash_attn_ext.memory",
+        "explain": "flash_attn_ext.plans",
+        "max_seqlen": "flash_attn_ext.memory",
+    }
     """Public name -> the module that has it, imported at first use."""
 
     def __getattr__(name: str) -> Any:
@@ -54,9 +59,11 @@ if not _installed.redirect(__name__):
         return sorted(__all__)
 
     __all__ = [
+        "AttentionShape",
         "FallbackWarning",
         "UnsupportedError",
         "__version__",
+        "estimate_memory",
         "explain",
         "flash_attn_combine",
         "flash_attn_func",
@@ -67,5 +74,6 @@ if not _installed.redirect(__name__):
         "flash_attn_varlen_qkvpacked_func",
         "flash_attn_with_kvcache",
         "get_scheduler_metadata",
+        "max_seqlen",
         "merge_states",
     ]

@@ -1,17 +1,21 @@
-"""Writes benchmark tables into Markdown from the result files of benchmarks/.
+"""Writes benchmark tables into Markdown, and pictures, from the result files of benchmarks/.
 
-    python tools/render_results.py [README.md] [--check]
+    python tools/render_results.py [--check]              # every document, and the pictures
+    python tools/render_results.py README.md [--check]    # the tables of one document
 
 No number is typed: each table is one benchmarks/results/<device>/<benchmark>.json, with the
 conditions of the run in the line above it. Blocks: `benchmarks` (row kernels), `attention-summary`
-(one line for each head_dim) and `attention-results` (every row).
+(one line for each head_dim), `attention-pictures` (for a document in the root) and
+`attention-results` (every row).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +23,8 @@ from typing import Any
 
 import blocks
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 EMPTY = (
     "No results are recorded yet; `python benchmarks/bench_small_kernels.py` on a GPU writes them."
 )
@@ -292,11 +297,60 @@ def attention_results(results: Path = RESULTS) -> str:
     return "\n\n".join(sections) or EMPTY_ATTENTION
 
 
+PICTURES = {
+    "attention_dense": "TFLOP/s of attention over the length",
+    "attention_memory": "Peak memory of attention over the length",
+}
+"""Result file -> what its picture (benchmarks/plot_attention.py) shows."""
+
+
+def attention_pictures(results: Path = RESULTS) -> str:
+    """The pictures of every run, as seen from the repository's root."""
+    lines = []
+    for name, what in PICTURES.items():
+        for path, content in load(results, name):
+            if content["rows"]:
+                picture = path.with_suffix(".png").relative_to(results.parents[1])
+                kernels = content["environment"].get("switches", {}).get("FLASH_ATTN_EXT_ARCH")
+                of_kernels = f", kernels of {kernels}" if kernels else ""
+                device = content["environment"]["device"]
+                lines.append(f"![{what}, {device}{of_kernels}]({picture.as_posix()})")
+    return "\n\n".join(lines) or EMPTY_ATTENTION
+
+
 GENERATORS = {
     "benchmarks": generate,
     "attention-summary": attention_summary,
+    "attention-pictures": attention_pictures,
     "attention-results": attention_results,
 }
 
+
+def documents() -> list[Path]:
+    """Every Markdown file that has one of the blocks."""
+    found = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+    markers = [f"<!-- begin: {name} -->" for name in GENERATORS]
+    return [
+        path
+        for path in found
+        if any(marker in path.read_text(encoding="utf-8") for marker in markers)
+    ]
+
+
+def main(argv: list[str]) -> int:
+    """Without a document: all of them and the pictures; 1 if something is stale."""
+    if any(not word.startswith("-") for word in argv) or "-h" in argv or "--help" in argv:
+        return blocks.update_main(argv, description=__doc__, generators=GENERATORS)
+    statuses = [
+        blocks.update_main(
+            [os.path.relpath(path), *argv], description=__doc__, generators=GENERATORS
+        )
+        for path in documents()
+    ]
+    plot = [sys.executable, str(ROOT / "benchmarks" / "plot_attention.py"), *argv]
+    statuses.append(subprocess.run(plot, check=False).returncode)
+    return max(statuses)
+
+
 if __name__ == "__main__":
-    sys.exit(blocks.update_main(sys.argv[1:], description=__doc__, generators=GENERATORS))
+    sys.exit(main(sys.argv[1:]))

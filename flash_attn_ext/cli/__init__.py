@@ -10,9 +10,9 @@ import argparse
 from collections.abc import Sequence
 
 from flash_attn_ext._version import __version__
-from flash_attn_ext.cli import compat, demo, doctor, explain, info, kernels, run, selftest
+from flash_attn_ext.cli import bench, compat, demo, doctor, explain, info, kernels, run, selftest
 
-COMMANDS = (info, doctor, selftest, explain, kernels, demo, run, compat)
+COMMANDS = (info, doctor, selftest, explain, kernels, bench, demo, run, compat)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -260,6 +260,21 @@ class RotaryEmbedding(torch.nn.Module):
         assert self._tables is not None
         return self._tables
 
+    def cos_sin(
+        self, seqlen: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The tables of the positions from 0, for apply_rotary_emb and flash_attn_with_kvcache.
+
+        Args:
+            seqlen: positions.
+            device: of the tables.
+            dtype: of what they rotate.
+
+        Returns:
+            cos and sin, [at least seqlen, dim / 2], made anew only when they have to grow.
+        """
+        return self._tables_for(seqlen, device, dtype)[:2]
+
     def forward(
         self,
         qkv: Tensor,

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attention_calls
@@ -21,6 +22,7 @@ import render_results
 import torch
 from helpers import needs_module, require
 
+from flash_attn_ext.bench import measure
 from flash_attn_ext.examples import gpt
 from flash_attn_ext.reference import visible_keys
 
@@ -71,7 +73,7 @@ def test_environment() -> None:
 
 
 def test_commit_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "_output", lambda *command: None)
+    monkeypatch.setattr(measure, "_output", lambda *command: None)
     assert common.environment(CPU)["commit"]
 
 
@@ -110,6 +112,35 @@ def test_render_without_results(tmp_path: Path) -> None:
     assert render_results.generate(tmp_path) == render_results.EMPTY
     assert render_results.attention_summary(tmp_path) == render_results.EMPTY_ATTENTION
     assert render_results.attention_results(tmp_path) == render_results.EMPTY_ATTENTION
+    assert render_results.attention_pictures(tmp_path) == render_results.EMPTY_ATTENTION
+
+
+def test_every_document_is_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that have a block, and then the pictures."""
+    texts = {
+        "README.md": "<!-- begin: benchmarks -->\n<!-- end: benchmarks -->\n",
+        "docs/deep/a.md": "<!-- begin: attention-summary -->\n<!-- end: attention-summary -->\n",
+        "docs/b.md": "no block\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(render_results, "ROOT", tmp_path)
+    for name in ("benchmarks", "attention-summary"):
+        monkeypatch.setitem(render_results.GENERATORS, name, lambda name=name: f"new {name}")
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(
+        render_results.subprocess,
+        "run",
+        lambda command, **_: drawn.append(command[2:]) or SimpleNamespace(returncode=0),
+    )
+    assert [path.name for path in render_results.documents()] == ["README.md", "a.md"]
+    assert render_results.main(["--check"]) == 1
+    assert render_results.main([str(tmp_path / "docs/deep/a.md")]) == 0
+    assert render_results.main(["--check"]) == 1  # README.md still
+    assert render_results.main([]) == render_results.main(["--check"]) == 0
+    assert "new attention-summary" in (tmp_path / "docs/deep/a.md").read_text()
+    assert drawn == [["--check"], ["--check"], [], ["--check"]]
 
 
 def test_work_of_attention_problems() -> None:
@@ -166,6 +197,19 @@ def test_attention_end_to_end(
         "attention_dense_99kb.png",
         "attention_memory_99kb.png",
     ]
+    assert f"![TFLOP/s of attention over the length, {content['environment']['device']}]" in (
+        render_results.attention_pictures(folder.parent)
+    )
+
+    check = [str(folder), "--check"]
+    assert plot_attention.main(check) == 0
+    path.write_text(path.read_text().replace("3145728", "3145729"))
+    assert plot_attention.main(check) == 1
+    assert "attention_memory_99kb.png: stale, drawn from other" in capsys.readouterr().out
+    assert plot_attention.main([str(folder)]) == plot_attention.main(check) == 0
+    (folder / "attention_dense_99kb.png").unlink()
+    assert plot_attention.main(check) == 1
+    assert "attention_dense_99kb.png: missing" in capsys.readouterr().out
 
 
 def curves(ours: float) -> Callable[..., Iterator[float]]:
