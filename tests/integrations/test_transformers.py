@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import (
     NEEDS_TRANSFORMERS,
+    NEEDS_TRANSFORMERS_5,
     NEEDS_TRANSFORMERS_5_23,
     assert_close_2x,
     assert_equals,
@@ -248,23 +249,36 @@ def test_generation(name: str, cache: str, device: str) -> None:
         assert_equals(logits[:same], expected_logits[:same], 0.1)
 
 
-def test_continuous_batching() -> None:
-    """Requests of different lengths in one stream of pages. On a CPU, which 5.23 began to serve."""
-    require(NEEDS_TRANSFORMERS_5_23)
-    model = model_of(*DECODERS["llama"], "cpu")
+def assert_greedy(model: Any, prompt: list[int], new: list[int], device: str) -> None:
+    """Eager code would have chosen each token, or one whose logit is larger by rounding alone."""
+    ids = torch.tensor([prompt + new]).to(device)
+    logits = run(model, "eager", DTYPES[device], input_ids=ids)[0, len(prompt) - 1 : -1].float()
+    chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
+    assert (logits.amax(1) - chosen).max() < {"cpu": 1e-4, "cuda": 0.1}[device]
+
+
+@pytest.mark.parametrize("name", integration.NAMES)
+def test_continuous_batching(name: str, device: str) -> None:
+    """Requests of different lengths in one stream of pages. 5.23 began to serve a CPU.
+
+    On a GPU the name that ends in a digit decodes in pages.
+    """
+    require(NEEDS_TRANSFORMERS_5_23 if device == "cpu" else NEEDS_TRANSFORMERS_5)
+    model = model_of(*DECODERS["llama"], device).to(DTYPES[device])
     prompts = [tokens(1, n, "cpu")[0].tolist() for n in (3, 9, 6)]
-    model.set_attn_implementation(integration.NAME)
+    model.set_attn_implementation(name)
     config = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1)
-    small = transformers.ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64)
-    results = model.generate_batch(
-        prompts, generation_config=config, continuous_batching_config=small, warmup=False
-    )
+    options: dict[str, Any] = {"num_blocks": 32, "max_batch_tokens": 64}
+    if hasattr(transformers, "ContinuousBatchingConfig"):
+        small = transformers.ContinuousBatchingConfig(**options)
+        options = {"continuous_batching_config": small}
+    if device == "cpu":
+        options["warmup"] = False
+    results = model.generate_batch(prompts, generation_config=config, **options)
     generated = [list(x.generated_tokens) for x in results.values()]
     assert [len(x) for x in generated] == [6, 6, 6]
-    model.set_attn_implementation("eager")
     for prompt, new in zip(prompts, generated, strict=True):
-        out = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
-        assert out[0, len(prompt) :].tolist() == new
+        assert_greedy(model, prompt, new, device)
 
 
 def test_mask_of_scores_is_refused() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    NEEDS_CUDA,
     assert_close_2x,
     assert_equals,
     cu_seqlens,
@@ -155,6 +156,43 @@ def test_either_order_of_heads_and_positions(device: str) -> None:
     batch = Batch([1, 20], [31, 20], device, layout="HND")
     assert batch.kv_cache.is_contiguous()
     batch.check(batch.attend())
+
+
+def test_captured_in_a_graph() -> None:
+    """A graph of three requests serves longer ones, other pages, and two requests and no third."""
+    require(NEEDS_CUDA)
+    batches = [
+        Batch([1, 1, 1], [5, 40, 17], "cuda"),
+        Batch([1, 1, 1], [20, 3, 60], "cuda"),
+        Batch([1, 1, 0], [33, 50, 0], "cuda"),
+    ]
+    width = max(x.block_table.shape[1] for x in batches)
+    captured = batches[0]
+    captured.block_table = torch.nn.functional.pad(
+        captured.block_table, (0, width - captured.block_table.shape[1])
+    )
+    pages = max(len(x.kv_cache) for x in batches)
+    captured.kv_cache = torch.cat(
+        [
+            captured.kv_cache,
+            captured.kv_cache.new_zeros(
+                (pages - len(captured.kv_cache), *captured.kv_cache.shape[1:])
+            ),
+        ]
+    )
+    captured.attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = captured.attend()
+    for batch in batches:
+        num_tokens = len(batch.query)
+        captured.query[:num_tokens] = batch.query
+        captured.query_start_loc.copy_(batch.query_start_loc)
+        captured.lengths.copy_(batch.lengths)
+        captured.block_table[:, : batch.block_table.shape[1]] = batch.block_table
+        captured.kv_cache[: len(batch.kv_cache)] = batch.kv_cache
+        graph.replay()
+        batch.check(out[:num_tokens])
 
 
 def test_another_layout_of_the_cache_is_refused() -> None:
