@@ -6,11 +6,13 @@ import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import (
+    NEEDS_CUDA,
     NEEDS_TRANSFORMERS,
     NEEDS_TRANSFORMERS_5,
     NEEDS_TRANSFORMERS_5_23,
@@ -376,6 +378,38 @@ def test_models_that_ask_for_flash_attention_2(monkeypatch: pytest.MonkeyPatch) 
         compat.disable()
     assert functions[0] is fa.flash_attn_func
     assert functions[1] is fa.flash_attn_varlen_func
+
+
+FLASH_ATTENTION_2 = """
+import sys, torch, transformers
+from transformers import modeling_flash_attention_utils as flash
+config = transformers.LlamaConfig(**eval(sys.argv[1]))
+torch.manual_seed(0)
+model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="flash_attention_2")
+model.to("cuda", torch.bfloat16).eval()
+ids = torch.randint(1, config.vocab_size, (2, 14)).cuda()
+mask = torch.ones_like(ids)
+mask[0, :5] = 0
+with torch.no_grad():
+    ours = model(ids, attention_mask=mask).logits[mask.bool()]
+    print(flash._lazy_imports("flash_attention_2")[1].__module__)
+    model.set_attn_implementation("eager")
+    eager = model(ids, attention_mask=mask).logits[mask.bool()]
+print(((ours - eager).abs().max() / eager.abs().max()).item())
+"""
+
+
+def test_unmodified_program_that_asks_for_flash_attention_2(tmp_path: Path) -> None:
+    """All of transformers' own checks, of the GPU too: nothing is patched, one command before."""
+    require(NEEDS_CUDA)
+    script = tmp_path / "train.py"
+    script.write_text(FLASH_ATTENTION_2)
+    command = [sys.executable, "-m", "flash_attn_ext", "run", str(script), repr(GROUPED)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0, done.stderr
+    module, error = done.stdout.split()
+    assert module == "flash_attn_ext.attention"
+    assert float(error) < 0.05
 
 
 def test_module_is_skipped_only_without_transformers() -> None:
