@@ -5,8 +5,8 @@
 #   wheels/round_trip.sh FOLDER [TORCH]     TORCH: what pip installs for torch, default "torch"
 #   PYTHON=python3.12 wheels/round_trip.sh dist 'torch==2.11.*'
 #
-# PYTHON needs build, setuptools, packaging, ninja, pybind11 and torch; the fresh environment gets
-# torch and the package alone.
+# Run in a git checkout, whose files the source distribution must have. PYTHON needs build, setuptools,
+# packaging, ninja, pybind11 and torch; the fresh environment gets torch and the package alone.
 set -euo pipefail
 
 folder=$(cd "$1" && pwd)
@@ -37,10 +37,10 @@ echo "== the source distribution"
 }
 tar -xzf "$work"/flash_attn_ext-*.tar.gz -C "$work"
 mv "$work"/flash_attn_ext-*/ "$work/source"
-for folder in csrc build_tools flash_attn_ext wheels tests tools; do
-  diff <(cd "$root" && git ls-files "$folder") \
-    <(cd "$work/source" && find "$folder" -type f | LC_ALL=C sort) >"$work/missing" || true
-  if grep '^<' "$work/missing"; then
+for part in csrc build_tools flash_attn_ext wheels tests tools docs .ci; do
+  diff <(git ls-files "$part") <(cd "$work/source" && find "$part" -type f | LC_ALL=C sort) \
+    >"$work/differences" || true
+  if grep '^<' "$work/differences"; then
     echo "error: not in the source distribution"
     exit 1
   fi

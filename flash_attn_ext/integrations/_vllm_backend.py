@@ -109,6 +109,9 @@ class FlashAttnExtMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignor
 
     A captured graph serves batches with one number of new tokens for every request, because the
     grid of a kernel follows from ``max_query_len``.
+
+    A batch of whole prompts is marked: the new keys are all keys then, and the kernel for whole
+    sequences, which does not read pages, computes it in a fraction of the time.
     """
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
@@ -116,6 +119,33 @@ class FlashAttnExtMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignor
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.aot_schedule = False
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> Any:
+        """The description of a batch, with ``whole_prompts``."""
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata.whole_prompts = _are_whole_prompts(common_attn_metadata)
+        return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+        """The same of an example, whose lengths say nothing of the batches to come."""
+        metadata = super().build_for_cudagraph_capture(common_attn_metadata)
+        metadata.whole_prompts = False
+        return metadata
+
+
+def _are_whole_prompts(batch: Any) -> bool:
+    """Whether every request has its keys in this batch; False where that is not known on the host.
+
+    The bound of a request's keys is exact while its prompt is computed, and else too large.
+    """
+    bound = getattr(batch, "seq_lens_cpu_upper_bound", None)
+    if bound is None or batch.max_query_len == 1:
+        return False
+    num_reqs = batch.num_reqs
+    query_lens = batch.query_start_loc_cpu[: num_reqs + 1].diff()
+    return torch.equal(query_lens, bound[:num_reqs].to(query_lens.dtype))
 
 
 class FlashAttnExtImpl(FlashAttentionImpl):  # type: ignore[misc]
@@ -146,7 +176,7 @@ class FlashAttnExtImpl(FlashAttentionImpl):  # type: ignore[misc]
         Args:
             layer: not read.
             query: [num_tokens, num_heads_q, head_dim], padded at the end.
-            key: [num_tokens, num_heads_kv, head_dim]; read by encoders only.
+            key: [num_tokens, num_heads_kv, head_dim]; read for encoders and whole prompts.
             value: as key.
             kv_cache: [num_pages, num_heads_kv, page_size, 2 * head_dim]; it holds key and value.
             attn_metadata: the batch; None in vLLM's profiling run.
@@ -174,23 +204,30 @@ class FlashAttnExtImpl(FlashAttentionImpl):  # type: ignore[misc]
             "alibi_slopes": self.alibi_slopes,
             "sinks": self.sinks,
         }
-        if self.attn_type in _ENCODERS:
-            tensors = (x[:num_tokens] for x in (query, key, value, output))
-            adapter.attend_packed(*tensors, **options)
-            return output
         causal = attn_metadata.causal
         if isinstance(causal, Tensor):
             raise UnsupportedError(
                 f"causal: got one flag for each request, expected one for all with {_NAME}; use "
                 "--attention-backend FLASH_ATTN"
             )
-        adapter.attend_pages(
-            query[:num_tokens],
-            kv_cache,
-            output[:num_tokens],
-            seq_lens=attn_metadata.seq_lens,
-            block_table=attn_metadata.block_table,
-            causal=causal,
-            **options,
+        is_encoder = self.attn_type in _ENCODERS
+        is_packed = is_encoder or (
+            getattr(attn_metadata, "whole_prompts", False)
+            and self.attn_type == AttentionType.DECODER
+            and self.kv_sharing_target_layer_name is None
+            and key is not None
         )
+        if is_packed:
+            tensors = (x[:num_tokens] for x in (query, key, value, output))
+            adapter.attend_packed(*tensors, causal=causal and not is_encoder, **options)
+        else:
+            adapter.attend_pages(
+                query[:num_tokens],
+                kv_cache,
+                output[:num_tokens],
+                seq_lens=attn_metadata.seq_lens,
+                block_table=attn_metadata.block_table,
+                causal=causal,
+                **options,
+            )
         return output

@@ -178,12 +178,13 @@ def attend_packed(
     query_start_loc: Tensor,
     max_query_len: int,
     softmax_scale: float,
+    causal: bool = False,
     sliding_window: tuple[int, int] | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of an encoder: each request to itself, in both directions, without a cache.
+    """Attention of each request to itself, without the cache: encoders, and whole prompts.
 
     Args:
         query: [num_tokens, num_heads_q, head_dim].
@@ -193,6 +194,7 @@ def attend_packed(
         query_start_loc: int32 [num_reqs + 1].
         max_query_len: the longest request or more.
         softmax_scale: see flash_attn_func.
+        causal: see flash_attn_func.
         sliding_window: as in `attend_pages`.
         softcap: see flash_attn_func.
         alibi_slopes: see flash_attn_func.
@@ -211,7 +213,8 @@ def attend_packed(
             max_query_len,
             max_query_len,
             softmax_scale=softmax_scale,
-            window_size=window_of(sliding_window, causal=False),
+            causal=causal,
+            window_size=window_of(sliding_window, causal),
             softcap=softcap,
             alibi_slopes=alibi_slopes,
             s_aux=sinks,

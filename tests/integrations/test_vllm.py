@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -52,9 +53,9 @@ class Batch:
         dtype = DTYPES[self.device]
         total_q, total_k = sum(self.query_lens), sum(self.seq_lens)
         shape = (NUM_HEADS, HEAD_DIM), (NUM_HEADS_KV, HEAD_DIM)
-        self.query = randn(total_q, *shape[0], dtype=dtype, device=self.device)
+        self.query = randn(total_q, *shape[0], dtype=dtype, device=self.device).detach()
         self.key, self.value = (
-            randn(total_k, *shape[1], dtype=dtype, device=self.device) for _ in range(2)
+            randn(total_k, *shape[1], dtype=dtype, device=self.device).detach() for _ in range(2)
         )
         counts = [-(-n // PAGE_SIZE) for n in self.seq_lens]
         pages = (torch.randperm(sum(counts) + 3)).tolist()
@@ -202,8 +203,9 @@ def test_another_layout_of_the_cache_is_refused() -> None:
         batch.attend()
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("options", ["causal", "window", "softcap", "alibi", "sinks"])
-def test_encoder(options: str, device: str) -> None:
+def test_without_cache(options: str, causal: bool, device: str) -> None:
     lengths = [9, 1, 20]
     batch = Batch(lengths, lengths, device, options=options_of(options, device))
     out = integration.attend_packed(
@@ -214,9 +216,10 @@ def test_encoder(options: str, device: str) -> None:
         query_start_loc=batch.query_start_loc,
         max_query_len=20,
         softmax_scale=batch.scale,
+        causal=causal,
         **batch.options,
     )
-    batch.options["causal"] = False
+    batch.options["causal"] = causal
     batch.check(out)
 
 
@@ -395,9 +398,71 @@ def test_quantised_output_is_refused(backend: Any) -> None:
         )
 
 
-def test_builder_makes_no_schedule_for_another_kernel(backend: Any) -> None:
-    """Its place in the classes is right; building one needs a configured engine."""
-    module = importlib.import_module("vllm.v1.attention.backends.flash_attn")
-    builder = backend.get_builder_cls()
-    assert issubclass(builder, module.FlashAttentionMetadataBuilder)
-    assert builder.get_cudagraph_support(None, None).name == "UNIFORM_BATCH"
+def configured(folder: Path) -> Any:
+    """vLLM's configuration of a tiny Llama on the CPU."""
+    config = importlib.import_module("vllm.config")
+    shape = {"num_attention_heads": NUM_HEADS, "num_key_value_heads": NUM_HEADS_KV}
+    shape |= {"hidden_size": NUM_HEADS * HEAD_DIM, "intermediate_size": 64, "vocab_size": 97}
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(shape | kind))
+    model = config.ModelConfig(
+        model=str(folder), skip_tokenizer_init=True, max_model_len=64, enforce_eager=True
+    )
+    return config.VllmConfig(
+        model_config=model,
+        cache_config=config.CacheConfig(block_size=PAGE_SIZE),
+        device_config=config.DeviceConfig(device="cpu"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens", "whole_prompts"),
+    [
+        ([1, 20, 3], [31, 20, 50], False),
+        ([7, 20, 1], [7, 20, 1], True),
+        ([7, 20], [7, 21], False),
+        ([1, 1], [1, 1], False),
+    ],
+)
+def test_from_vllms_batch_to_attention(
+    backend: Any, query_lens: list[int], seq_lens: list[int], whole_prompts: bool, tmp_path: Path
+) -> None:
+    """What vLLM's scheduler hands out, through its builder and into a layer.
+
+    Whole prompts do not read the cache, which is NaN for them; the others do not read the keys.
+    """
+    attention = importlib.import_module("vllm.v1.attention.backend")
+    interface = importlib.import_module("vllm.v1.kv_cache_interface")
+    config = importlib.import_module("vllm.config")
+    batch = Batch(query_lens, seq_lens, "cpu")
+    vllm_config = configured(tmp_path)
+    with config.set_current_vllm_config(vllm_config):
+        spec = interface.FullAttentionSpec(
+            block_size=PAGE_SIZE,
+            num_kv_heads=NUM_HEADS_KV,
+            head_size=HEAD_DIM,
+            dtype=torch.bfloat16,
+        )
+        builder = backend.get_builder_cls()(spec, [], vllm_config, torch.device("cpu"))
+        common = attention.CommonAttentionMetadata(
+            query_start_loc=batch.query_start_loc,
+            query_start_loc_cpu=batch.query_start_loc,
+            seq_lens=batch.lengths,
+            num_reqs=len(query_lens),
+            num_actual_tokens=len(batch.query),
+            max_query_len=max(query_lens),
+            max_seq_len=max(seq_lens),
+            block_table_tensor=batch.block_table,
+            slot_mapping=batch.slot_mapping,
+            seq_lens_cpu_upper_bound=batch.lengths,
+        )
+        metadata = builder.build(0, common)
+        captured = builder.build_for_cudagraph_capture(common)
+        layer = layer_of(backend)
+    assert metadata.whole_prompts is whole_prompts
+    assert captured.whole_prompts is False
+    assert metadata.scheduler_metadata is None
+    assert builder.get_cudagraph_support(vllm_config, spec).name == "UNIFORM_BATCH"
+    exact = batch.expected()
+    (batch.kv_cache if whole_prompts else batch.key).fill_(torch.nan)
+    assert_equals(run_layer(layer, batch, metadata), exact, 1e-10)
