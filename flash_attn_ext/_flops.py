@@ -11,14 +11,12 @@ registered when somebody else imports it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._after_import import after_import
 
 _COUNTER_MODULE = "torch.utils.flop_counter"
 
@@ -99,38 +97,6 @@ def _register(counter: Any) -> None:
         counter.register_flop_formula(targets, get_raw=True)(formula)
 
 
-class _RegisteringLoader(Loader):
-    """Runs the module as its own loader does, then registers the formulas in it."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        _register(module)
-
-
-class _CounterFinder(MetaPathFinder):
-    """Waits on sys.meta_path for the import of ``torch.utils.flop_counter``."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _COUNTER_MODULE:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
-        return spec
-
-
 def register() -> None:
     """Registers the formulas now or, if the counter is not imported yet, when it is."""
-    counter = sys.modules.get(_COUNTER_MODULE)
-    if counter is not None:
-        _register(counter)
-    else:
-        sys.meta_path.insert(0, _CounterFinder())
+    after_import(_COUNTER_MODULE, lambda: _register(sys.modules[_COUNTER_MODULE]))

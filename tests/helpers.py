@@ -29,6 +29,7 @@ NEEDS_CXX = "needs a C++ compiler (g++)"
 NEEDS_GIT_CHECKOUT = "needs a git checkout"
 NEEDS_LINUX = "needs Linux"
 NEEDS_TORCH_2_11 = "needs torch >= 2.11"
+NEEDS_TRANSFORMERS_5 = "needs transformers >= 5"
 NEEDS_TRANSFORMERS_5_23 = "needs transformers >= 5.23"
 
 
@@ -78,6 +79,7 @@ ALLOWED_SKIPS: dict[str, Callable[[], bool]] = {
         shutil.which("git") is None
         or not os.path.exists(os.path.join(os.path.dirname(__file__), "..", ".git"))
     ),
+    NEEDS_TRANSFORMERS_5: lambda: _lacks_transformers(5, 0),
     NEEDS_TRANSFORMERS_5_23: lambda: _lacks_transformers(5, 23),
     NEEDS_LINUX: lambda: sys.platform != "linux",
     NEEDS_TORCH_2_11: lambda: torch.torch_version.TorchVersion(torch.__version__) < (2, 11),

@@ -8,6 +8,7 @@
 - architecture libraries export fa_get_backend and nothing else, and link no torch and no libcudart;
 - the binder links libtorch_cpu, libc10 and the C and C++ runtimes only, so that CPU-only torch can
   load it;
+- the entry points that vLLM and SGLang look for lead to a module of the wheel;
 - no RPATH, which would point into the machine that built it;
 - `torch-abi-audit --check torch`: only the stable ABI of torch is used.
 
@@ -18,6 +19,7 @@ the unpacked wheel.
 from __future__ import annotations
 
 import argparse
+import configparser
 import re
 import shutil
 import subprocess
@@ -42,6 +44,8 @@ SYSTEM_LIBRARIES = frozenset(
     }
 )
 TORCH_LIBRARIES = frozenset({"libtorch_cpu.so", "libc10.so"})
+
+ENTRY_POINTS = ("vllm.general_plugins", "sglang.srt.plugins")
 
 _WHEEL_NAME = re.compile(
     r"flash_attn_ext-(?P<version>[\w.+]+)-(?P<python>cp3\d+)-(?P<abi>abi3|cp3\d+)"
@@ -118,6 +122,20 @@ def name_problems(wheel: Path, unpacked: Path) -> list[str]:
     return found
 
 
+def entry_point_problems(unpacked: Path) -> list[str]:
+    """Groups without an entry point of ours, and entry points without their module."""
+    (info,) = unpacked.glob("flash_attn_ext-*.dist-info")
+    listed = configparser.ConfigParser()
+    listed.read(info / "entry_points.txt", encoding="utf-8")
+    found = [f"no entry point {group}" for group in ENTRY_POINTS if group not in listed]
+    for group in listed.sections():
+        for target in listed[group].values():
+            module = unpacked / (target.partition(":")[0].replace(".", "/") + ".py")
+            if not module.is_file():
+                found.append(f"entry point {group}: {target} is not in the wheel")
+    return found
+
+
 def abi_problems(folder: Path) -> list[str]:
     """The verdict of torch-abi-audit on a folder of libraries."""
     tool = shutil.which("torch-abi-audit", path=str(Path(sys.executable).parent))
@@ -135,7 +153,7 @@ def abi_problems(folder: Path) -> list[str]:
 
 def wheel_problems(wheel: Path, unpacked: Path, *, cuda: bool) -> list[str]:
     """Everything but the ABI audit, for a wheel and the folder it was unpacked to."""
-    found = name_problems(wheel, unpacked)
+    found = name_problems(wheel, unpacked) + entry_point_problems(unpacked)
     if wheel.stat().st_size > MAX_BYTES:
         found.append(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, at most 40 MB")
     package = unpacked / "flash_attn_ext"

@@ -27,7 +27,15 @@ from flash_attn_ext._version import __version__
 from flash_attn_ext.cli._build_tools import jobs, toolchain
 from flash_attn_ext.errors import FallbackWarning, UnsupportedError
 
-NEIGHBOURS = ("flash-attn", "flash-attn-3", "xformers", "triton", "transformers", "vllm")
+NEIGHBOURS = (
+    "flash-attn",
+    "flash-attn-3",
+    "xformers",
+    "triton",
+    "transformers",
+    "vllm",
+    "sglang",
+)
 
 
 @dataclass(frozen=True)

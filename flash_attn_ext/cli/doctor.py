@@ -327,7 +327,9 @@ def check_neighbours(env: Environment) -> Check:
     return Check(
         "other packages",
         "info",
-        f"{found}; they neither use nor disturb this package" if found else "none that matter",
+        f"{found}; what can use this package: docs/integrations.md"
+        if found
+        else "none that matter",
     )
 
 

@@ -30,13 +30,12 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._after_import import after_import
 from ..errors import UnsupportedError
 
 NAME = "flash_attn_ext"
@@ -193,37 +192,6 @@ def _load_ours(flash: Any, module: torch.nn.Module) -> None:
         flash.lazy_import_flash_attention(name, force_import=True)
 
 
-class _AfterImport(MetaPathFinder):
-    """Runs a function once a module has been imported; in ``sys.meta_path`` until then."""
-
-    def __init__(self, module: str, function: Callable[[], None]) -> None:
-        self.module, self.function = module, function
-        self.searching = False
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != self.module or self.searching:
-            return None
-        self.searching = True
-        try:
-            spec = next(
-                filter(None, (finder.find_spec(name, path, target) for finder in sys.meta_path)),
-                None,
-            )
-        finally:
-            self.searching = False
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(imported: Any) -> None:
-                execute(imported)
-                if self in sys.meta_path:  # not before: a spec may be asked for and not imported
-                    sys.meta_path.remove(self)
-                self.function()
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign,assignment]
-        return spec
-
-
 def _register_or_warn() -> None:
     """Somebody else's import must not fail because of us."""
     try:
@@ -237,7 +205,4 @@ def _register_or_warn() -> None:
 
 def register_when_imported() -> None:
     """Runs `register` now if transformers' models are imported already, else when they are."""
-    if _READY in sys.modules:
-        _register_or_warn()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport(_READY, _register_or_warn))
+    after_import(_READY, _register_or_warn)

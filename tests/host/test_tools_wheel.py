@@ -39,7 +39,10 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: x\nVersion: 1.2.3+cu13\n")
     (info / "WHEEL").write_text("Wheel-Version: 1.0\nTag: cp310-abi3-linux_x86_64\n")
+    points = "[vllm.general_plugins]\nx = flash_attn_ext.y:z\n[sglang.srt.plugins]\n"
+    (info / "entry_points.txt").write_text(points)
     library = folder / "flash_attn_ext"
+    (library / "y.py").write_text("")
     (library / "_version.py").write_text('__version__ = "1.2.3"\n')
     (library / "_build_info.json").write_text("{}")
     shared_object(library / "_sm80.abi3.so", BACKEND)
@@ -109,6 +112,14 @@ def test_version_is_compared_without_case(package: Path) -> None:
         (lambda p: (p / "_sm80.abi3.so").unlink(), "built without nvcc"),
         (lambda p: (p / "_build_info.json").unlink(), "_build_info.json is missing"),
         (lambda p: (p / "_version.py").write_text('__version__ = "9"'), "_version.py says 9"),
+        (
+            lambda p: next(p.parent.glob("*.dist-info/entry_points.txt")).write_text(""),
+            "no entry point sglang.srt.plugins",
+        ),
+        (
+            lambda p: (p / "y.py").unlink(),
+            "entry point vllm.general_plugins: flash_attn_ext.y:z is not in the wheel",
+        ),
         (lambda p: (p.parent / "tests").mkdir(), "installs outside the package: tests"),
     ],
 )

@@ -6,12 +6,15 @@ import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import (
+    NEEDS_CUDA,
     NEEDS_TRANSFORMERS,
+    NEEDS_TRANSFORMERS_5,
     NEEDS_TRANSFORMERS_5_23,
     assert_close_2x,
     assert_equals,
@@ -22,6 +25,7 @@ from helpers import (
 from torch import Tensor
 
 import flash_attn_ext as fa
+from flash_attn_ext._after_import import is_waited_for
 from flash_attn_ext.integrations import transformers as integration
 
 if skip_is_allowed(NEEDS_TRANSFORMERS):
@@ -247,23 +251,36 @@ def test_generation(name: str, cache: str, device: str) -> None:
         assert_equals(logits[:same], expected_logits[:same], 0.1)
 
 
-def test_continuous_batching() -> None:
-    """Requests of different lengths in one stream of pages. On a CPU, which 5.23 began to serve."""
-    require(NEEDS_TRANSFORMERS_5_23)
-    model = model_of(*DECODERS["llama"], "cpu")
+def assert_greedy(model: Any, prompt: list[int], new: list[int], device: str) -> None:
+    """Eager code would have chosen each token, or one whose logit is larger by rounding alone."""
+    ids = torch.tensor([prompt + new]).to(device)
+    logits = run(model, "eager", DTYPES[device], input_ids=ids)[0, len(prompt) - 1 : -1].float()
+    chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
+    assert (logits.amax(1) - chosen).max() < {"cpu": 1e-4, "cuda": 0.1}[device]
+
+
+@pytest.mark.parametrize("name", integration.NAMES)
+def test_continuous_batching(name: str, device: str) -> None:
+    """Requests of different lengths in one stream of pages. 5.23 began to serve a CPU.
+
+    On a GPU the name that ends in a digit decodes in pages.
+    """
+    require(NEEDS_TRANSFORMERS_5_23 if device == "cpu" else NEEDS_TRANSFORMERS_5)
+    model = model_of(*DECODERS["llama"], device).to(DTYPES[device])
     prompts = [tokens(1, n, "cpu")[0].tolist() for n in (3, 9, 6)]
-    model.set_attn_implementation(integration.NAME)
+    model.set_attn_implementation(name)
     config = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1)
-    small = transformers.ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64)
-    results = model.generate_batch(
-        prompts, generation_config=config, continuous_batching_config=small, warmup=False
-    )
+    options: dict[str, Any] = {"num_blocks": 32, "max_batch_tokens": 64}
+    if hasattr(transformers, "ContinuousBatchingConfig"):
+        small = transformers.ContinuousBatchingConfig(**options)
+        options = {"continuous_batching_config": small}
+    if device == "cpu":
+        options["warmup"] = False
+    results = model.generate_batch(prompts, generation_config=config, **options)
     generated = [list(x.generated_tokens) for x in results.values()]
     assert [len(x) for x in generated] == [6, 6, 6]
-    model.set_attn_implementation("eager")
     for prompt, new in zip(prompts, generated, strict=True):
-        out = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
-        assert out[0, len(prompt) :].tolist() == new
+        assert_greedy(model, prompt, new, device)
 
 
 def test_mask_of_scores_is_refused() -> None:
@@ -306,7 +323,7 @@ def test_registered_once() -> None:
     resolve = flash._lazy_imports
     integration.register()
     assert flash._lazy_imports is resolve
-    assert not any(isinstance(x, integration._AfterImport) for x in sys.meta_path)
+    assert not is_waited_for("transformers.modeling_utils")
 
 
 def test_version_without_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,6 +378,38 @@ def test_models_that_ask_for_flash_attention_2(monkeypatch: pytest.MonkeyPatch) 
         compat.disable()
     assert functions[0] is fa.flash_attn_func
     assert functions[1] is fa.flash_attn_varlen_func
+
+
+FLASH_ATTENTION_2 = """
+import sys, torch, transformers
+from transformers import modeling_flash_attention_utils as flash
+config = transformers.LlamaConfig(**eval(sys.argv[1]))
+torch.manual_seed(0)
+model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="flash_attention_2")
+model.to("cuda", torch.bfloat16).eval()
+ids = torch.randint(1, config.vocab_size, (2, 14)).cuda()
+mask = torch.ones_like(ids)
+mask[0, :5] = 0
+with torch.no_grad():
+    ours = model(ids, attention_mask=mask).logits[mask.bool()]
+    print(flash._lazy_imports("flash_attention_2")[1].__module__)
+    model.set_attn_implementation("eager")
+    eager = model(ids, attention_mask=mask).logits[mask.bool()]
+print(((ours - eager).abs().max() / eager.abs().max()).item())
+"""
+
+
+def test_unmodified_program_that_asks_for_flash_attention_2(tmp_path: Path) -> None:
+    """All of transformers' own checks, of the GPU too: nothing is patched, one command before."""
+    require(NEEDS_CUDA)
+    script = tmp_path / "train.py"
+    script.write_text(FLASH_ATTENTION_2)
+    command = [sys.executable, "-m", "flash_attn_ext", "run", str(script), repr(GROUPED)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0, done.stderr
+    module, error = done.stdout.split()
+    assert module == "flash_attn_ext.attention"
+    assert float(error) < 0.05
 
 
 def test_module_is_skipped_only_without_transformers() -> None:

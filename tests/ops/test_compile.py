@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -383,6 +384,19 @@ def test_flops_where_the_counter_came_first(monkeypatch: pytest.MonkeyPatch) -> 
     _flops.register()
     expected = {OPS.fwd, OPS.fwd_out, OPS.bwd, OPS.varlen_fwd, OPS.varlen_fwd_out, OPS.varlen_bwd}
     assert set(Counter.registered) == expected
+
+
+def test_flops_where_the_counter_comes_later() -> None:
+    """The import of the counter is waited for, a search for it is none, and then nobody waits."""
+    code = (
+        "import sys, flash_attn_ext, importlib.util; from flash_attn_ext import _after_import as a;"
+        "name = 'torch.utils.flop_counter'; importlib.util.find_spec(name);"
+        "before = a.is_waited_for(name), name in sys.modules;"
+        "counter = importlib.import_module(name); op = flash_attn_ext._schema.op('fwd');"
+        "print(*before, a.is_waited_for(name), op.overloadpacket in counter.flop_registry)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True", "False", "False", "True"], done.stderr
 
 
 def test_flops_without_values_are_the_largest_possible() -> None:
