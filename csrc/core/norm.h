@@ -10,12 +10,14 @@ namespace fa {
 constexpr int kNormVec = 8;            // elements that a thread moves at once
 constexpr int kNormRowAlignment = 16;  // bytes, of rows that are moved in vectors
 constexpr int kNormFwdColumns = 16;    // of a row, a thread
-constexpr int kNormBwdColumns = 8;     // more would spill: 64 registers a thread
 constexpr int kNormThreads = 256;      // of a CTA whose rows need fewer
 constexpr int kMaxNormThreads = 1024;  // of a CTA, all of them on one row
+constexpr int kMaxNormSize = kNormFwdColumns * kMaxNormThreads;
+
+// A thread of the backward keeps one vector of each row: two would spill at 64 registers. Rows that
+// are wider than that are read twice.
 constexpr int kNormBwdThreadsPerSm = 1024;
-constexpr int kMaxNormFwdSize = kNormFwdColumns * kMaxNormThreads;
-constexpr int kMaxNormBwdSize = kNormBwdColumns * kMaxNormThreads;
+constexpr int kMaxNormBwdRegisterSize = kNormVec * kMaxNormThreads;
 
 constexpr int kNormReduceColumns = 32, kNormReduceRows = 32;  // threads of the last reduction
 
@@ -31,10 +33,21 @@ FA_HD constexpr NormShare norm_share(int hidden_size, int columns) {
   return {lanes, max(1, kNormThreads / lanes)};
 }
 
+FA_HD constexpr NormShare norm_fwd_share(int hidden_size) {
+  return norm_share(hidden_size, kNormFwdColumns);
+}
+FA_HD constexpr NormShare norm_bwd_share(int hidden_size) {
+  return norm_share(min(hidden_size, kMaxNormBwdRegisterSize), kNormVec);
+}
+// Vectors of a row that a thread of the backward has.
+FA_HD constexpr int norm_bwd_vectors(int hidden_size) {
+  return ceil_div(hidden_size, norm_bwd_share(hidden_size).lanes * kNormVec);
+}
+
 // CTAs of the backward: as many as the GPU runs at once, each with a share of the rows and one
 // partial gradient of the weights.
 FA_HD constexpr int64_t norm_bwd_ctas(int hidden_size, int64_t rows, int num_sms) {
-  const NormShare share = norm_share(hidden_size, kNormBwdColumns);
+  const NormShare share = norm_bwd_share(hidden_size);
   const int64_t at_once = int64_t{num_sms} * max(1, kNormBwdThreadsPerSm / share.num_threads());
   return clamp(ceil_div<int64_t>(rows, share.rows), int64_t{1}, at_once);
 }
@@ -44,8 +57,8 @@ FA_HD constexpr int norm_partial_stride(int hidden_size) {
 }
 // Parts of the gradients of weight and bias in a CTA of the backward.
 FA_HD constexpr int norm_bwd_smem_bytes(int hidden_size, bool has_bias) {
-  return (has_bias ? 2 : 1) * kNormBwdColumns *
-         norm_share(hidden_size, kNormBwdColumns).num_threads() * static_cast<int>(sizeof(float));
+  return (has_bias ? 2 : 1) * norm_bwd_vectors(hidden_size) * kNormVec *
+         norm_bwd_share(hidden_size).num_threads() * static_cast<int>(sizeof(float));
 }
 
 // Dropout: 16 random bits to an element; one call of Philox gives those of 8 neighbouring columns.

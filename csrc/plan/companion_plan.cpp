@@ -10,14 +10,23 @@ bool is_norm(Family family) {
   return family == Family::kNormFwd || family == Family::kNormBwd;
 }
 
+bool is_vectorized(const Problem& p) {
+  return p.alignment_bytes >= kNormRowAlignment && p.head_dim % kNormVec == 0;
+}
+
 }  // namespace
 
 bool companion_refuses(const Problem& p, const DeviceFacts& device, Reason reason) {
   if (!is_norm(p.family)) return false;
-  const int limit = p.family == Family::kNormFwd ? kMaxNormFwdSize : kMaxNormBwdSize;
-  if (p.head_dim > limit)
-    return reason("head_dim=", p.head_dim, ": ", family_name(p.family), " takes at most ", limit);
-  const int smem_bytes = p.family == Family::kNormBwd ? norm_bwd_smem_bytes(p.head_dim, p.bias) : 0;
+  const char* family = family_name(p.family);
+  if (p.head_dim > kMaxNormSize)
+    return reason("head_dim=", p.head_dim, ": ", family, " takes at most ", kMaxNormSize);
+  if (p.family == Family::kNormFwd) return false;
+  if (p.head_dim > kMaxNormBwdRegisterSize && !is_vectorized(p))
+    return reason("head_dim=", p.head_dim, ": ", family, " takes more than ",
+                  kMaxNormBwdRegisterSize, " only as a multiple of ", kNormVec,
+                  " in rows that begin at multiples of ", kNormRowAlignment, " bytes");
+  const int smem_bytes = norm_bwd_smem_bytes(p.head_dim, p.bias);
   return smem_bytes > device.max_smem_bytes &&
          reason("smem_bytes=", smem_bytes, ": a CTA of the device has at most ",
                 device.max_smem_bytes);
@@ -33,9 +42,9 @@ Plan companion_plan(const Problem& p, const DeviceFacts& device) {
     plan.num_ctas = p.seqlen_q;
     return plan;
   }
-  plan.vectorized = p.alignment_bytes >= kNormRowAlignment && p.head_dim % kNormVec == 0;
+  plan.vectorized = is_vectorized(p);
   const bool backward = p.family == Family::kNormBwd;
-  const NormShare share = norm_share(p.head_dim, backward ? kNormBwdColumns : kNormFwdColumns);
+  const NormShare share = backward ? norm_bwd_share(p.head_dim) : norm_fwd_share(p.head_dim);
   plan.tile_m = share.rows;
   plan.num_threads = share.num_threads();
   if (!backward) {

@@ -86,9 +86,7 @@ class Case:
             *tensors, EPS, self.dropout_p, self.is_rms, self.offset, self.changes, False
         )
         differs = self.changes and (
-            self.rowscale is not None
-            or self.rng_state is not None
-            or total.dtype != self.x.dtype
+            self.rowscale is not None or self.rng_state is not None or total.dtype != self.x.dtype
         )
         stored = total if self.changes else self.x
         dx, dresidual, dweight, dbias = op("norm_bwd", overload)(
@@ -146,8 +144,10 @@ class Case:
         found, exact, plain = self.compute(overload), self.plain(F64), self.plain(None)
         for name, x in plain.items():
             assert found[name].is_contiguous()
-            # Sums over the rows round in fp32 in an order of their own.
-            slack = 1e-5 * max(1.0, exact[name].abs().max().item())
+            # One rounding of the sum, which plain operations escape where results are few; sums
+            # over the rows round in fp32 in an order of their own.
+            unit = max(1e-5, torch.finfo(self.x.dtype).eps)
+            slack = unit * max(1.0, exact[name].abs().max().item())
             assert_close_2x(found[name], exact[name], x.to(found[name].dtype), slack, name)
 
 
@@ -156,7 +156,9 @@ class Case:
 @KINDS
 def test_sizes(size: int, is_rms: bool, device: str, overload: str) -> None:
     for rows, dtype in itertools.product((1, 37), (F16, BF16, F32)):
-        Case(device, rows, size, dtype, is_rms=is_rms, sum_dtype=dtype).check(overload)
+        # A row of one element has no variance: the rounding of its sum would be the whole result.
+        sum_dtype = dtype if size > 1 else None
+        Case(device, rows, size, dtype, is_rms=is_rms, sum_dtype=sum_dtype).check(overload)
 
 
 @pytest.mark.parametrize("overload", ["default", "tiled"])
@@ -184,7 +186,7 @@ def test_options(options: dict[str, Any], is_rms: bool, device: str, overload: s
 @KINDS
 def test_large_rows(is_rms: bool, device: str) -> None:
     """More than one row a CTA takes at once, and rows of whole CTAs."""
-    for rows, size in ((3000, 64), (700, 1536), (9, 5120), (5, 8192), (3, 12288)):
+    for rows, size in ((3000, 64), (700, 1536), (9, 5120), (5, 8192), (300, 12288)):
         Case(device, rows, size, F32, is_rms=is_rms, sum_dtype=F32).check("default")
 
 
@@ -273,7 +275,10 @@ def test_function(is_rms: bool, device: str) -> None:
         (out.sin().sum(), expected.sin().sum()),
         (total.cos().sum(), expected_sum.cos().sum()),
     ):
-        pair = (torch.autograd.grad(y, leaves, retain_graph=True, allow_unused=True) for y in (ours, exact))
+        pair = (
+            torch.autograd.grad(y, leaves, retain_graph=True, allow_unused=True)
+            for y in (ours, exact)
+        )
         for found, wanted in zip(*pair, strict=True):
             assert_equals(found, torch.zeros_like(found) if wanted is None else wanted, 1e-5)
     with torch.no_grad():
@@ -349,7 +354,8 @@ def test_public_functions(
             monkeypatch.setenv("FLASH_ATTN_EXT_ARCH", arch)
         for ours, plain in zip(*results, strict=True):
             assert (ours.dtype, ours.shape) == (plain.dtype, plain.shape)
-            unit = {F16: 2e-3, BF16: 1.6e-2, F32: 1e-4}[ours.dtype]
+            # The kernels' backward starts from the rounded sum, and so do gradients in fp32.
+            unit = max(1e-4, 4 * torch.finfo(dtype).eps)
             scale = max(1.0, plain.abs().max().item())
             assert_equals(ours, plain, unit * scale)
 

@@ -7,8 +7,9 @@
 //
 // The CTAs that the GPU runs at once share the rows out evenly. Each thread adds up its columns'
 // parts of dweight and dbias over all rows of the CTA; a second kernel adds up the parts of the
-// CTAs. Every sum has a fixed order. Memory: smem [2][columns / 4][threads] of float4, the parts;
-// a thread touches its own until the end.
+// CTAs. Every sum has a fixed order. Memory: smem [of weight, of bias][2 * vectors][threads] of
+// float4, the parts; a thread touches its own until the end. Rows of up to kMaxNormBwdRegisterSize
+// stay in registers; wider ones are read a second time, from L2.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -19,31 +20,13 @@ namespace fa {
 
 constexpr int kSmemBytesUnasked = 47 * 1024;  // of dynamic shared memory, beside `scratch`
 
-// What a thread reads of one row.
-template <class T, class Sum, class Columns>
-struct NormBwdRow {
-  NormVectors<T, Columns> dout;
-  NormVectors<Sum, Columns> sum;
-  float mean, rstd;
-
-  FA_DEVICE void load(const NormBwdParams& p, int64_t row, Columns columns) {
-    row = min(row, p.rows - 1);
-    dout.load(p.dout, p.dout_stride, row, columns);
-    sum.load(p.sum, p.sum_stride, row, columns);
-    mean = p.mean == nullptr ? 0.f : p.mean[row];
-    rstd = p.rstd[row];
-  }
-};
-
-// A thread's part of the gradient of one weight vector, in shared memory.
-template <class Columns>
+// A thread's part of the gradient of weight or bias, in shared memory.
 struct NormParts {
-  float4* slots;  // [columns / 4][threads], from this thread's on
-  int threads;
+  float4* slots;  // [2 * vectors][threads], from this thread's on
+  int vectors, threads;
 
   FA_DEVICE void clear() const {
-    FA_UNROLL
-    for (int q = 0; q < 2 * Columns::kVectors; ++q) slots[q * threads] = float4{};
+    for (int i = 0; i < 2 * vectors; ++i) slots[i * threads] = float4{};
   }
   FA_DEVICE void add(int v, const float (&x)[kNormVec]) const {
     FA_UNROLL
@@ -55,10 +38,10 @@ struct NormParts {
     }
   }
   // Group 0 adds up the groups of the CTA and writes the row of partial gradients.
+  template <class Columns>
   FA_DEVICE void store(Columns columns, int group, float* partial) const {
     if (group > 0) return;
-    FA_UNROLL
-    for (int v = 0; v < Columns::kVectors; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       if (columns.count(v) <= 0) continue;
       FA_UNROLL
       for (int half = 0; half < 2; ++half) {
@@ -73,72 +56,88 @@ struct NormParts {
   }
 };
 
-template <class T, class Sum, bool kAligned>
+// kWide: a thread has several vectors of a row; else one, which it keeps.
+template <class T, class Sum, bool kAligned, bool kWide>
 __global__ void __launch_bounds__(kMaxNormThreads)
     norm_bwd_kernel(const __grid_constant__ NormBwdParams p, int lanes) {
-  using Columns = NormColumns<kNormBwdColumns, kAligned>;
+  using Columns = NormColumns<kNormVec, kAligned>;
   extern __shared__ float4 smem[];
   __shared__ float scratch[2][2 * kWarpSize];
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int group = thread / lanes, groups = threads / lanes;
   const Columns columns{thread % lanes, lanes, p.hidden_size};
+  const int vectors = kWide ? norm_bwd_vectors(p.hidden_size) : 1;
   const float inverse_size = 1.f / static_cast<float>(p.hidden_size);
   const int64_t step = int64_t{gridDim.x} * groups;
 
-  const NormParts<Columns> dweight{smem + thread, threads};
-  const NormParts<Columns> dbias{dweight.slots + 2 * Columns::kVectors * threads, threads};
+  const NormParts dweight{smem + thread, vectors, threads};
+  const NormParts dbias{dweight.slots + 2 * vectors * threads, vectors, threads};
   dweight.clear();
   if (p.dbias != nullptr) dbias.clear();
 
   int buffer = 0;
   // All groups take as many steps, because they meet at the barriers.
-  const int64_t first = int64_t{blockIdx.x} * groups;
-  for (int64_t begin = first; begin < p.rows; begin += step) {
-    const int64_t row = begin + group;
-    const bool is_row = row < p.rows;
-    NormBwdRow<T, Sum, Columns> current;
-    current.load(p, row, columns);
-    NormVectors<Sum, Columns> dsum;
-    if (p.dsum != nullptr) dsum.load(p.dsum, p.dsum_stride, min(row, p.rows - 1), columns);
+  for (int64_t begin = int64_t{blockIdx.x} * groups; begin < p.rows; begin += step) {
+    const int64_t row = begin + group, read_row = min(row, p.rows - 1);
+    const T* dout = static_cast<const T*>(p.dout) + read_row * p.dout_stride;
+    const Sum* sum = static_cast<const Sum*>(p.sum) + read_row * p.sum_stride;
+    const Sum* dsum = static_cast<const Sum*>(p.dsum) + read_row * p.dsum_stride;
+    const float mean = p.mean == nullptr ? 0.f : p.mean[read_row], rstd = p.rstd[read_row];
 
-    float n[Columns::kVectors][kNormVec], g[Columns::kVectors][kNormVec];
-    float sums[2] = {};  // of g n, of g
-    FA_UNROLL
-    for (int v = 0; v < Columns::kVectors; ++v) {
-      to_float(current.sum.v[v], n[v]);
-      to_float(current.dout.v[v], g[v]);
-      float weight[kNormVec], dw[kNormVec];
+    float n[kNormVec], g[kNormVec];
+    Vec<Sum, kNormVec> ds_in;
+    // n and dout (in g) of vector v; 0 outside the row and past the last one.
+    const auto read = [&](int v, bool with_dsum) {
+      const Vec<T, kNormVec> g_in = columns.load(dout, v);
+      const Vec<Sum, kNormVec> n_in = columns.load(sum, v);
+      if (with_dsum && p.dsum != nullptr) ds_in = columns.load(dsum, v);
+      to_float(n_in, n);
+      to_float(g_in, g);
+      FA_UNROLL
+      for (int i = 0; i < kNormVec; ++i) {
+        n[i] = (n[i] - mean) * rstd;
+        if (!columns.is_inside(v, i) || row >= p.rows) g[i] = 0.f;
+      }
+    };
+    const auto weigh = [&](int v) {
+      float weight[kNormVec];
       columns.template load_weights<T>(p.weight, p.weight_is_fp32, v, weight);
       FA_UNROLL
-      for (int i = 0; i < kNormVec; ++i) {
-        n[v][i] = (n[v][i] - current.mean) * current.rstd;
-        if (!columns.is_inside(v, i) || !is_row) g[v][i] = 0.f;
-        dw[i] = g[v][i] * n[v][i];
-      }
+      for (int i = 0; i < kNormVec; ++i) g[i] *= weight[i] + p.weight_offset;
+    };
+
+    float sums[2] = {};  // of g n, of g
+    for (int v = 0; v < vectors; ++v) {
+      read(v, !kWide);
+      float dw[kNormVec];
+      FA_UNROLL
+      for (int i = 0; i < kNormVec; ++i) dw[i] = g[i] * n[i];
       dweight.add(v, dw);
-      if (p.dbias != nullptr) dbias.add(v, g[v]);
+      if (p.dbias != nullptr) dbias.add(v, g);
+      weigh(v);
       FA_UNROLL
       for (int i = 0; i < kNormVec; ++i) {
-        g[v][i] *= weight[i] + p.weight_offset;
-        sums[0] += g[v][i] * n[v][i];
-        sums[1] += g[v][i];
+        sums[0] += g[i] * n[i];
+        sums[1] += g[i];
       }
     }
     sum_over_row(sums, lanes, group, scratch[buffer]);
     buffer ^= 1;
-    if (!is_row) continue;
+    if (row >= p.rows) continue;
 
     const float along = sums[0] * inverse_size;
     const float average = p.mean == nullptr ? 0.f : sums[1] * inverse_size;
     const float scale = p.rowscale == nullptr ? 1.f : p.rowscale[row];
     const int64_t at = row * p.hidden_size;
-    FA_UNROLL
-    for (int v = 0; v < Columns::kVectors; ++v) {
+    for (int v = 0; v < vectors; ++v) {
+      if (kWide) {
+        read(v, true);
+        weigh(v);
+      }
       float ds[kNormVec] = {};
-      if (p.dsum != nullptr) to_float(dsum.v[v], ds);
+      if (p.dsum != nullptr) to_float(ds_in, ds);
       FA_UNROLL
-      for (int i = 0; i < kNormVec; ++i)
-        ds[i] += (g[v][i] - n[v][i] * along - average) * current.rstd;
+      for (int i = 0; i < kNormVec; ++i) ds[i] += (g[i] - n[i] * along - average) * rstd;
       if (p.dresidual != nullptr) columns.store(static_cast<Sum*>(p.dresidual) + at, v, ds);
       if (p.keep_threshold < kNormKeepAll)
         NormDropout(p.rng_state, p.keep_threshold).apply(row, columns.column(v), ds);
@@ -182,11 +181,11 @@ __global__ void __launch_bounds__(kNormReduceColumns* kNormReduceRows)
   static_cast<Weight*>(blockIdx.y == 0 ? p.dweight : p.dbias)[summed] = rounded.x[0];
 }
 
-template <class T, class Sum, bool kAligned>
-int launch_norm_bwd_rows(const NormBwdParams& p, cudaStream_t stream) {
-  const NormShare share = norm_share(p.hidden_size, kNormBwdColumns);
+template <class T, class Sum, bool kAligned, bool kWide>
+int launch_norm_bwd_kernel(const NormBwdParams& p, cudaStream_t stream) {
+  const NormShare share = norm_bwd_share(p.hidden_size);
   const int smem_bytes = norm_bwd_smem_bytes(p.hidden_size, p.dbias != nullptr);
-  const auto kernel = norm_bwd_kernel<T, Sum, kAligned>;
+  const auto kernel = norm_bwd_kernel<T, Sum, kAligned, kWide>;
   if (smem_bytes > kSmemBytesUnasked) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
@@ -197,13 +196,19 @@ int launch_norm_bwd_rows(const NormBwdParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+// Wide rows are aligned: the plan takes no others.
+template <class T, class Sum>
+int launch_norm_bwd_rows(const NormBwdParams& p, cudaStream_t stream) {
+  return p.hidden_size > kMaxNormBwdRegisterSize
+             ? launch_norm_bwd_kernel<T, Sum, true, true>(p, stream)
+         : p.vectorized ? launch_norm_bwd_kernel<T, Sum, true, false>(p, stream)
+                        : launch_norm_bwd_kernel<T, Sum, false, false>(p, stream);
+}
+
 template <class T>
 int launch_norm_bwd(const NormBwdParams& p, cudaStream_t stream) {
-  const bool same = p.sum_dtype == p.dtype;
-  const int error = same           ? p.vectorized ? launch_norm_bwd_rows<T, T, true>(p, stream)
-                                                  : launch_norm_bwd_rows<T, T, false>(p, stream)
-                    : p.vectorized ? launch_norm_bwd_rows<T, float, true>(p, stream)
-                                   : launch_norm_bwd_rows<T, float, false>(p, stream);
+  const int error = p.sum_dtype == p.dtype ? launch_norm_bwd_rows<T, T>(p, stream)
+                                           : launch_norm_bwd_rows<T, float>(p, stream);
   if (error != cudaSuccess) return error;
   const dim3 grid(ceil_div(p.hidden_size, kNormReduceColumns), p.dbias == nullptr ? 1 : 2);
   const auto reduce = p.weight_is_fp32 ? norm_reduce_kernel<float> : norm_reduce_kernel<T>;

@@ -102,26 +102,59 @@ struct NormDropout {
   }
 };
 
+// Sums over groups of kLanes lanes, each in all of them.
+template <int kLanes, int kN>
+FA_DEVICE void add_lanes(float (&x)[kN]) {
+  FA_UNROLL
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    FA_UNROLL
+    for (int i = 0; i < kN; ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], step);
+  }
+}
+// The same over the lanes of a row inside a warp.
+template <int kN>
+FA_DEVICE void add_row_lanes(float (&x)[kN], int lanes) {
+  if (lanes >= kWarpSize) return add_lanes<kWarpSize>(x);
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    FA_UNROLL
+    for (int i = 0; i < kN; ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], step);
+  }
+}
+
+// What the warps of a row exchange.
+struct RowWarps {
+  int count, width;  // width: a power of two, whose lanes add up `count` of them
+  int first;         // of this row among the warps of the CTA
+
+  FA_DEVICE RowWarps(int lanes, int group)
+      : count(lanes / kWarpSize), width(count <= 8 ? 8 : kWarpSize), first(group * count) {}
+  // The warp of the row that this lane looks at; count or more: none.
+  FA_DEVICE int other() const { return static_cast<int>(threadIdx.x) % width; }
+  template <int kN>
+  FA_DEVICE void add(float (&x)[kN]) const {
+    if (width == 8) {
+      add_lanes<8>(x);
+    } else {
+      add_lanes<kWarpSize>(x);
+    }
+  }
+};
+
 // Sums over the lanes of a row, each in all of its threads. All threads of the CTA take part.
 // scratch: [kN][kWarpSize], not the one of the call before: its last readers may still be there.
 template <int kN>
 FA_DEVICE void sum_over_row(float (&x)[kN], int lanes, int group, float* scratch) {
-  for (int step = min(lanes, kWarpSize) / 2; step > 0; step /= 2) FA_UNROLL
-  for (int i = 0; i < kN; ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], step);
+  add_row_lanes(x, lanes);
   if (lanes <= kWarpSize) return;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int row_warps = lanes / kWarpSize, width = next_power_of_two(row_warps);
+  const RowWarps warps(lanes, group);
   FA_UNROLL
   for (int i = 0; i < kN; ++i)
-    if (lane == 0) scratch[i * kWarpSize + warp] = x[i];
+    if (threadIdx.x % kWarpSize == 0) scratch[i * kWarpSize + threadIdx.x / kWarpSize] = x[i];
   __syncthreads();  // the warps of a row see each other's sums
-  // Each `width` lanes add up all warps of the row.
-  const int other = lane % width;
   FA_UNROLL
   for (int i = 0; i < kN; ++i)
-    x[i] = other < row_warps ? scratch[i * kWarpSize + group * row_warps + other] : 0.f;
-  for (int step = width / 2; step > 0; step /= 2) FA_UNROLL
-  for (int i = 0; i < kN; ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], step);
+    x[i] = warps.other() < warps.count ? scratch[i * kWarpSize + warps.first + warps.other()] : 0.f;
+  warps.add(x);
 }
 
 }  // namespace fa
