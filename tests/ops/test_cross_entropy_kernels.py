@@ -200,6 +200,27 @@ def test_compiled(dynamic: bool, inplace_backward: bool, device: str) -> None:
     assert_equals(found, expected, 1e-5)
 
 
+def test_public_function_compiled(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way to the ops, on every device, in one graph."""
+    monkeypatch.setattr(_kernels, "takes", lambda x: True)
+    torch._dynamo.reset()
+    x, labels, _ = problem(6, 40, F32, device)
+    x.requires_grad_()
+    lse = x.detach().logsumexp(-1).double()
+
+    def model(x: Tensor) -> Tensor:
+        loss, z_loss = cross_entropy_loss(
+            x, labels.to(torch.int16), lse, lse_square_scale=0.1, ignore_index=IGNORED
+        )
+        return loss + z_loss
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = sum(losses(x.double(), labels, {"lse_square_scale": 0.1}))
+    assert_equals(compiled(x), expected, 1e-5)
+    found, eager = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, model))
+    assert_equals(found, eager, 1e-5)
+
+
 # ---- the public function on a GPU -------------------------------------------------------------
 
 

@@ -309,6 +309,40 @@ def test_compiled(dynamic: bool, device: str) -> None:
         assert_equals(found, expected, 1e-4)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@KINDS
+def test_public_function_compiled(
+    is_rms: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way to the ops, on every device, in one graph; weights of two types become fp32."""
+    monkeypatch.setattr(_kernels, "takes", lambda x: True)
+    torch._dynamo.reset()
+
+    def model(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+        out, total = norms.layer_norm_fn(
+            x, weight, bias, residual, eps=EPS, rowscale=scale, prenorm=True, is_rms_norm=is_rms
+        )
+        first, same = norms.layer_norm_fn(x, weight, None, prenorm=True, is_rms_norm=is_rms)
+        return out.float() * total + first + same
+
+    x, residual = (randn(2, 3, 24, dtype=t, device=device) for t in (dtype, F32))
+    weight, bias = (randn(24, dtype=t, device=device) for t in (dtype, F32))
+    inputs = (x, residual, weight, bias)
+    scale = torch.rand(2, 3, device=device)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = [
+        (y := function(*inputs, scale), *torch.autograd.grad(y.square().sum(), inputs))
+        for function in (compiled, model)
+    ]
+    monkeypatch.setattr(_kernels, "takes", lambda x: False)
+    y = model(*inputs, scale)
+    plain = (y, *torch.autograd.grad(y.square().sum(), inputs))
+    for found, eager, expected in zip(*results, plain, strict=True):
+        limit = expected.abs().max().item()
+        assert_equals(found, eager, 1e-5 * limit)
+        assert_equals(found, expected, (1e-5 if dtype == F32 else 2e-2) * limit)
+
+
 # ---- the public functions on a GPU ------------------------------------------------------------
 
 
