@@ -187,6 +187,7 @@ def norm_case(
     sum_dtype: torch.dtype | None,
     is_rms: bool,
     backward: bool,
+    dropout_p: float = 0.0,
 ) -> Case:
     """LayerNorm (with bias) or RMSNorm; with sum_dtype after adding a residual of that type.
 
@@ -198,11 +199,12 @@ def norm_case(
     weight, bias = (s.randn(hidden_size, dtype=dtype) for _ in range(2))
     used_bias = None if is_rms else bias
     ops = torch.ops.flash_attn_ext
-    tail = (1e-5, 0.0, is_rms, 0.0, residual is not None, False)
+    rng_state = torch.tensor([1, 2], device=s.device) if dropout_p else None
+    tail = (1e-5, dropout_p, is_rms, 0.0, residual is not None, False)
 
     def forward() -> tuple[Tensor, ...]:
         results: tuple[Tensor, ...] = ops.norm_fwd.default(
-            x, residual, weight, used_bias, None, None, *tail
+            x, residual, weight, used_bias, None, rng_state, *tail
         )
         return results
 
@@ -211,6 +213,7 @@ def norm_case(
     name = (
         f"{'RMSNorm' if is_rms else 'LayerNorm'} {hidden_size}, {short(dtype)}"
         f"{'' if sum_dtype is None else f', residual {short(sum_dtype)}'}"
+        f"{', dropout' if dropout_p else ''}"
     )
     functional = torch.nn.functional
     if not backward:
@@ -222,7 +225,7 @@ def norm_case(
         return Case("norm_fwd", name, 2 * (size_of_x + size_of_sum), forward, by_torch=by_torch)
     dout, dsum = torch.randn_like(x), None if residual is None else torch.randn_like(residual)
     summed = x if residual is None else total
-    separate = residual is not None and sum_dtype != dtype
+    separate = residual is not None and (sum_dtype != dtype or dropout_p > 0)
     by_torch = None
     if residual is None and not is_rms and s.device.type == "cuda":
         shape, statistics = [hidden_size], (mean[:, None], rstd[:, None])
@@ -240,10 +243,10 @@ def norm_case(
             dsum,
             weight,
             None,
-            None,
+            rng_state,
             mean,
             rstd,
-            0.0,
+            dropout_p,
             is_rms,
             0.0,
             not is_rms,
@@ -327,9 +330,12 @@ CASES: list[tuple[Callable[..., Case], tuple[object, ...]]] = [
             (4096, FP16, None),
             (5120, BF16, BF16),
             (8192, BF16, BF16),
+            (16_384, BF16, BF16),
         )
         for is_rms, backward in itertools.product((True, False), (False, True))
     ),
+    *((norm_case, (4096, BF16, BF16, is_rms, True, 0.1)) for is_rms in (True, False)),
+    *((norm_case, (4096, BF16, BF16, is_rms, False, 0.1)) for is_rms in (True, False)),
     *(
         (cross_entropy_case, (*shape, backward))
         for shape in (
