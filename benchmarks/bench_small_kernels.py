@@ -2,13 +2,14 @@
 
     python benchmarks/bench_small_kernels.py [--assert 0.85] [--megabytes 600] [--out FILE]
 
-Measures combine, bwd_preprocess, rotary and append_kv through torch.ops, alternating with
-`Tensor.copy_` of as many bytes. Bytes are those that must move: every input read once, every output
-written once. On CUDA the tiled backend is refused, so that a row is always a kernel's. Results go
-to benchmarks/results/<device>/small_kernels.json; --assert exits with 1 if a row is below that
-fraction of the copy. Rotary in place with rotary_dim < head_dim touches a part of every row in
-memory, where no copy of whole rows gets: beside it runs an in-place negation of the same bytes too,
-and that is what --assert compares it with.
+Measures combine, bwd_preprocess, rotary, append_kv, the norms and cross-entropy through torch.ops,
+alternating with `Tensor.copy_` of as many bytes. Bytes are those that must move: every input read
+once, every output written once. On CUDA the tiled backend is refused, so that a row is always a
+kernel's. Results go to benchmarks/results/<device>/small_kernels.json; --assert exits with 1 if a
+row is below that fraction of the copy. Rotary in place with rotary_dim < head_dim touches a part of
+every row in memory, where no copy of whole rows gets: beside it runs an in-place negation of the
+same bytes too, and that is what --assert compares it with. Beside norms and cross-entropy run
+torch's own functions, where they compute the same.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Case:
     num_bytes: int
     run: Callable[[], object]
     same_access: Callable[[], object] | None = None  # if a copy does not touch memory like `run`
+    by_torch: Callable[[], object] | None = None  # torch's own function of the same
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,112 @@ def append_kv_case(
     )
 
 
+def norm_case(
+    s: Setup,
+    hidden_size: int,
+    dtype: torch.dtype,
+    sum_dtype: torch.dtype | None,
+    is_rms: bool,
+    backward: bool,
+    dropout_p: float = 0.0,
+) -> Case:
+    """LayerNorm (with bias) or RMSNorm; with sum_dtype after adding a residual of that type.
+
+    The sum is stored then, and the backward has its gradient.
+    """
+    rows = s.batch_size(hidden_size * dtype.itemsize)
+    x = s.randn(rows, hidden_size, dtype=dtype)
+    residual = None if sum_dtype is None else s.randn(rows, hidden_size, dtype=sum_dtype)
+    weight, bias = (s.randn(hidden_size, dtype=dtype) for _ in range(2))
+    used_bias = None if is_rms else bias
+    ops = torch.ops.flash_attn_ext
+    rng_state = torch.tensor([1, 2], device=s.device) if dropout_p else None
+    tail = (1e-5, dropout_p, is_rms, 0.0, residual is not None, False)
+
+    def forward() -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = ops.norm_fwd.default(
+            x, residual, weight, used_bias, None, rng_state, *tail
+        )
+        return results
+
+    _, total, mean, rstd = forward()
+    size_of_x, size_of_sum = size(x), 0 if residual is None else size(residual)
+    name = (
+        f"{'RMSNorm' if is_rms else 'LayerNorm'} {hidden_size}, {short(dtype)}"
+        f"{'' if sum_dtype is None else f', residual {short(sum_dtype)}'}"
+        f"{', dropout' if dropout_p else ''}"
+    )
+    functional = torch.nn.functional
+    if not backward:
+        by_torch = None
+        if residual is None and is_rms:
+            by_torch = lambda: functional.rms_norm(x, (hidden_size,), weight, 1e-5)  # noqa: E731
+        elif residual is None:
+            by_torch = lambda: functional.layer_norm(x, (hidden_size,), weight, bias)  # noqa: E731
+        return Case("norm_fwd", name, 2 * (size_of_x + size_of_sum), forward, by_torch=by_torch)
+    dout, dsum = torch.randn_like(x), None if residual is None else torch.randn_like(residual)
+    summed = x if residual is None else total
+    separate = residual is not None and (sum_dtype != dtype or dropout_p > 0)
+    by_torch = None
+    if residual is None and not is_rms and s.device.type == "cuda":
+        shape, statistics = [hidden_size], (mean[:, None], rstd[:, None])
+        by_torch = lambda: torch.ops.aten.native_layer_norm_backward(  # noqa: E731
+            dout, x, shape, *statistics, weight, bias, [True, True, True]
+        )
+    return Case(
+        "norm_bwd",
+        name,
+        # dout and dx; what was normalised; its gradient; the residual's if it has another type.
+        2 * size_of_x + size(summed) + size_of_sum * (1 + separate),
+        lambda: ops.norm_bwd.default(
+            dout,
+            summed,
+            dsum,
+            weight,
+            None,
+            rng_state,
+            mean,
+            rstd,
+            dropout_p,
+            is_rms,
+            0.0,
+            not is_rms,
+            separate,
+        ),
+        by_torch=by_torch,
+    )
+
+
+def cross_entropy_case(
+    s: Setup, vocabulary: int, dtype: torch.dtype, smoothing: float, backward: bool
+) -> Case:
+    """With z-loss, and label smoothing unless 0; the gradient goes into a new tensor."""
+    rows = s.batch_size(vocabulary * dtype.itemsize)
+    logits = s.randn(rows, vocabulary, dtype=dtype)
+    labels = torch.randint(0, vocabulary, (rows,), device=s.device)
+    dloss = torch.rand(rows, device=s.device)
+    tail = (smoothing, 1.0, 1e-4, -100)
+    ops = torch.ops.flash_attn_ext
+    lse = ops.cross_entropy_fwd.default(logits, labels, None, *tail)[2]
+    name = f"vocabulary {vocabulary}, {short(dtype)}{', smoothing' if smoothing else ''}"
+    if backward:
+        return Case(
+            "cross_entropy_bwd",
+            name,
+            2 * size(logits),
+            lambda: ops.cross_entropy_bwd.default(dloss, logits, labels, lse, *tail),
+        )
+    return Case(
+        "cross_entropy_fwd",
+        name,
+        size(logits),
+        lambda: ops.cross_entropy_fwd.default(logits, labels, None, *tail),
+        by_torch=lambda: torch.nn.functional.cross_entropy(
+            logits, labels, reduction="none", label_smoothing=smoothing
+        ),
+    )
+
+
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 CASES: list[tuple[Callable[..., Case], tuple[object, ...]]] = [
     (combine_case, (2, 128, BF16)),
@@ -211,6 +319,34 @@ CASES: list[tuple[Callable[..., Case], tuple[object, ...]]] = [
         for page_size, rotary_dim in itertools.product((0, 16, 256), (0, head_dim))
     ),
     *((append_kv_case, (num_heads_kv, 128, 16, 128)) for num_heads_kv in (1, 2)),
+    *(
+        (norm_case, (*shape, is_rms, backward))
+        for shape in (
+            (768, FP32, None),
+            (1024, BF16, BF16),
+            (4096, BF16, None),
+            (4096, BF16, BF16),
+            (4096, BF16, FP32),
+            (4096, FP16, None),
+            (5120, BF16, BF16),
+            (8192, BF16, BF16),
+            (16_384, BF16, BF16),
+        )
+        for is_rms, backward in itertools.product((True, False), (False, True))
+    ),
+    *((norm_case, (4096, BF16, BF16, is_rms, True, 0.1)) for is_rms in (True, False)),
+    *((norm_case, (4096, BF16, BF16, is_rms, False, 0.1)) for is_rms in (True, False)),
+    *(
+        (cross_entropy_case, (*shape, backward))
+        for shape in (
+            (32_000, BF16, 0.0),
+            (32_000, BF16, 0.1),
+            (50_257, BF16, 0.0),
+            (128_256, BF16, 0.0),
+            (128_256, FP32, 0.0),
+        )
+        for backward in (False, True)
+    ),
 ]
 """One row each: the function that builds it and its arguments."""
 
@@ -218,9 +354,10 @@ CASES: list[tuple[Callable[..., Case], tuple[object, ...]]] = [
 def measure(case: Case, device: torch.device, repetitions: int) -> common.Json:
     """One row of the result file."""
     functions = [case.run, common.copy_of(case.num_bytes, device)]
-    if case.same_access is not None:
-        functions.append(case.same_access)
-    ms, copy_ms, *same_ms = common.median_ms(functions, device, repetitions=repetitions)
+    functions += [f for f in (case.same_access, case.by_torch) if f is not None]
+    ms, copy_ms, *others = common.median_ms(functions, device, repetitions=repetitions)
+    same_ms = others[0] if case.same_access is not None else None
+    torch_ms = others[-1] if case.by_torch is not None else None
     return {
         "op": case.op,
         "case": case.case,
@@ -229,7 +366,8 @@ def measure(case: Case, device: torch.device, repetitions: int) -> common.Json:
         "gb_per_s": round(case.num_bytes / ms / 1e6, 1),
         "copy_gb_per_s": round(case.num_bytes / copy_ms / 1e6, 1),
         "fraction_of_copy": round(copy_ms / ms, 4),
-        "fraction_of_same_access": round(same_ms[0] / ms, 4) if same_ms else None,
+        "fraction_of_same_access": None if same_ms is None else round(same_ms / ms, 4),
+        "speedup_over_torch": None if torch_ms is None else round(torch_ms / ms, 3),
         "repetitions": repetitions,
     }
 
@@ -263,12 +401,13 @@ def main(argv: list[str]) -> int:
             continue
         row = measure(build(setup, *arguments), device, options.repetitions)
         rows.append(row)
-        same_access = row["fraction_of_same_access"]
+        same_access, speedup = row["fraction_of_same_access"], row["speedup_over_torch"]
         print(
             f"{row['op']:<15} {row['case']:<52} {row['num_bytes'] / 1e6:>7.0f} MB "
             f"{row['gb_per_s']:>7.0f} GB/s  copy {row['copy_gb_per_s']:>7.0f} GB/s "
             f"{row['fraction_of_copy']:>7.1%}"
-            f"{'' if same_access is None else f', {same_access:.1%} of the same bytes negated'}",
+            f"{'' if same_access is None else f', {same_access:.1%} of the same bytes negated'}"
+            f"{'' if speedup is None else f', {speedup:.2f} x torch'}",
             flush=True,
         )
 

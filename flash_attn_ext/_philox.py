@@ -37,6 +37,19 @@ def keep_threshold(dropout_p: float) -> int:
     return min(256, max(1, math.floor((1.0 - dropout_p) * 256.0 + 0.5)))
 
 
+ROW_KEEP_ALL = 65536
+
+
+def row_keep_threshold(dropout_p: float) -> int:
+    """As `keep_threshold`, of the 65536 values of a half word: 1..65536, 65536 = no dropout."""
+    return min(ROW_KEEP_ALL, max(1, math.floor((1.0 - dropout_p) * ROW_KEEP_ALL + 0.5)))
+
+
+def row_keep_scale(dropout_p: float) -> float:
+    """What kept elements of a norm's rows are multiplied by."""
+    return ROW_KEEP_ALL / row_keep_threshold(dropout_p)
+
+
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Philox4x32-10 of four counter words and two key words.
 
@@ -113,3 +126,29 @@ def keep_mask(
     first_row, first_col = row_begin * _BLOCK_ROWS, col_begin * _BLOCK_COLS
     kept = kept[..., rows.start - first_row : rows.stop - first_row, :]
     return kept[..., cols.start - first_col : cols.stop - first_col]
+
+
+def row_keep_mask(rng_state: Tensor, rows: int, hidden_size: int, dropout_p: float) -> Tensor:
+    """Which elements of the rows of a norm dropout keeps.
+
+    One call of Philox gives 16 random bits to each of 8 neighbouring columns; an element is kept
+    iff its bits are below the threshold. The key is that of the module's head, and
+
+        counter = (column // 8, row low word, row high word, offset low word)
+
+    Args:
+        rng_state: int64 [2] = (seed, offset).
+        rows: number of rows.
+        hidden_size: number of columns.
+        dropout_p: probability of dropping an element.
+
+    Returns:
+        Boolean [rows, hidden_size] on rng_state's device, True = kept.
+    """
+    seed, offset = rng_state[0], rng_state[1]
+    key = (seed & _WORD, ((seed >> 32) ^ (offset >> 32)) & _WORD)
+    row = torch.arange(rows, device=rng_state.device)[:, None]
+    group = torch.arange(-(-hidden_size // 8), device=rng_state.device)
+    words = torch.stack(philox((group, row & _WORD, row >> 32, offset & _WORD), key), dim=-1)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(1)
+    return halves[:, :hidden_size] < row_keep_threshold(dropout_p)

@@ -48,6 +48,7 @@ _SCORES = (
     "Tensor? alibi_slopes=None, Tensor? rng_state=None, float? softmax_scale=None, "
     "int window_left=-1, int window_right=-1, float softcap=0.0, float dropout_p=0.0"
 )
+_LOSS = "float label_smoothing, float logit_scale, float lse_square_scale, int ignore_index"
 _FWD_TAIL = f"{_SCORES}, bool return_dmask=False, int num_splits=0, int sm_margin=0"
 _BWD_TAIL = f"{_SCORES}, bool deterministic=False, int sm_margin=0"
 
@@ -96,6 +97,28 @@ SCHEMAS: dict[str, str] = {
     "combine": "(Tensor out_partial, Tensor lse_partial, ScalarType? out_dtype)"
     " -> (Tensor out, Tensor lse)",
     "combine_out": "(Tensor out_partial, Tensor lse_partial, Tensor(a!) out) -> Tensor lse",
+    # LayerNorm and RMSNorm (is_rms_norm) of sum = dropout(x * rowscale) + residual. x [rows,
+    # hidden_size]; weight, bias [hidden_size], of one type, used as weight + weight_offset;
+    # rowscale fp32 [rows]. sum has the residual's type, without one x's or fp32 (sum_in_fp32);
+    # empty unless store_sum. mean (empty for RMSNorm), rstd: fp32 (fp64 for fp64) [rows].
+    "norm_fwd": "(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, Tensor? rowscale, "
+    "Tensor? rng_state, float eps, float dropout_p, bool is_rms_norm, float weight_offset, "
+    "bool store_sum, bool sum_in_fp32) -> (Tensor out, Tensor sum, Tensor mean, Tensor rstd)",
+    # sum: what was normalised (x itself where nothing was done to it), dsum its gradient. dresidual
+    # in sum's type is empty unless separate_residual, dbias unless has_bias.
+    "norm_bwd": "(Tensor dout, Tensor sum, Tensor? dsum, Tensor weight, Tensor? rowscale, "
+    "Tensor? rng_state, Tensor mean, Tensor rstd, float dropout_p, bool is_rms_norm, "
+    "float weight_offset, bool has_bias, bool separate_residual)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    # Cross-entropy of logits [rows, vocabulary], labels int64 or int32 [rows]; loss (z_loss
+    # included), z_loss, lse and dloss: fp32 (fp64 for fp64) [rows].
+    "cross_entropy_fwd": f"(Tensor logits, Tensor labels, Tensor? given_lse, {_LOSS})"
+    " -> (Tensor loss, Tensor z_loss, Tensor lse)",
+    "cross_entropy_bwd": f"(Tensor dloss, Tensor logits, Tensor labels, Tensor lse, {_LOSS})"
+    " -> Tensor dlogits",
+    # The same into logits.
+    "cross_entropy_bwd_": f"(Tensor dloss, Tensor(a!) logits, Tensor labels, Tensor lse, {_LOSS})"
+    " -> ()",
 }
 """Op name -> argument list and returns."""
 
@@ -244,6 +267,55 @@ def _fake_combine_out(out_partial: Tensor, lse_partial: Tensor, out: Tensor) -> 
     return lse_partial.new_empty(lse_partial.shape[1:])
 
 
+def _fake_norm_fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    rowscale: Tensor | None,
+    rng_state: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    is_rms_norm: bool,
+    weight_offset: float,
+    store_sum: bool,
+    sum_in_fp32: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = _accumulate_dtype(x)
+    of_sum = torch.float32 if store_sum and sum_in_fp32 else x.dtype
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(
+            x.shape if store_sum else [0], dtype=of_sum if residual is None else residual.dtype
+        ),
+        x.new_empty([0 if is_rms_norm else x.shape[0]], dtype=wide),
+        x.new_empty([x.shape[0]], dtype=wide),
+    )
+
+
+def _fake_norm_bwd(
+    dout: Tensor, sum: Tensor, dsum: Tensor | None, weight: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    has_bias, separate_residual = options[-2:]
+    return (
+        dout.new_empty(dout.shape),
+        sum.new_empty(sum.shape if separate_residual else [0]),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape if has_bias else [0]),
+    )
+
+
+def _fake_cross_entropy_fwd(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loss, z_loss, lse = (
+        logits.new_empty([logits.shape[0]], dtype=_accumulate_dtype(logits)) for _ in range(3)
+    )
+    return loss, z_loss, lse
+
+
+def _fake_cross_entropy_bwd(dloss: Tensor, logits: Tensor, *options: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "fwd": _fake_fwd,
     "fwd_out": _fake_fwd_out,
@@ -259,6 +331,11 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "rotary_": _fake_nothing,
     "combine": _fake_combine,
     "combine_out": _fake_combine_out,
+    "norm_fwd": _fake_norm_fwd,
+    "norm_bwd": _fake_norm_bwd,
+    "cross_entropy_fwd": _fake_cross_entropy_fwd,
+    "cross_entropy_bwd": _fake_cross_entropy_bwd,
+    "cross_entropy_bwd_": _fake_nothing,
 }
 
 

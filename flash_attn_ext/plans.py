@@ -35,7 +35,8 @@ class Step:
     """One operation of a call and what computes it.
 
     Attributes:
-        family: "fwd", "bwd", "decode", "combine", "bwd_preprocess", "rotary" or "append_kv".
+        family: "fwd", "bwd", "decode", "combine", "bwd_preprocess", "rotary" or "append_kv"; the
+            families of norms and losses are in `support_table` alone.
         backend: "kernel", "torch_tiled" or "unknown" (the plan cannot be asked for).
         kernel: name of the kernel, None without one.
         library: kernel library that has it, such as "_sm90".
@@ -366,6 +367,11 @@ _ROTARY_FEATURES = {
     "rotary": {"rotary_dim": 128},
     "interleaved rotary": {"rotary_dim": 128, "rotary_interleaved": True},
 }
+_NORM_SIZES = {
+    "hidden_size 4096": {"head_dim": 4096},
+    "hidden_size 8191": {"head_dim": 8191},
+}
+_VOCABULARIES = {"vocabulary 50257": {"head_dim": 50257}, "vocabulary 128256": {"head_dim": 128256}}
 FEATURES: dict[str, dict[str, dict[str, Any]]] = {
     "fwd": {
         **_ATTENTION_FEATURES,
@@ -398,6 +404,15 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         "paged, pages of 1": {"page_size": 1},
         "varlen": {"varlen": True},
     },
+    "norm_fwd": {**_TYPES, **_NORM_SIZES, "hidden_size 16384": {"head_dim": 16384}},
+    "norm_bwd": {
+        **_TYPES,
+        **_NORM_SIZES,
+        "hidden_size 16384": {"head_dim": 16384},
+        "bias": {"bias": True, "head_dim": 4096},
+    },
+    "cross_entropy_fwd": {**_TYPES, **_VOCABULARIES},
+    "cross_entropy_bwd": {**_TYPES, **_VOCABULARIES},
 }
 """family -> feature -> the fields of a problem that has it."""
 

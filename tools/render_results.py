@@ -4,9 +4,9 @@
     python tools/render_results.py README.md [--check]    # the tables of one document
 
 No number is typed: each table is one benchmarks/results/<device>/<benchmark>.json, with the
-conditions of the run in the line above it. Blocks: `benchmarks` (row kernels), `attention-summary`
-(one line for each head_dim), `attention-pictures` (for a document in the root) and
-`attention-results` (every row).
+conditions of the run in the line above it. Blocks: `benchmarks` (row kernels), `companions` (norms
+and cross-entropy), `attention-summary` (one line for each head_dim), `attention-pictures` (for a
+document in the root) and `attention-results` (every row).
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def load(results: Path, name: str) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def table(rows: Rows) -> str:
-    """The rows of the row kernels."""
+    """The rows of the row kernels; how much faster than torch where that was measured."""
     lines = []
+    with_torch = any(row.get("speedup_over_torch") for row in rows)
     for row in rows:
         # Where a copy is no fair comparison, what torch reaches on the same bytes.
         same_access = row.get("fraction_of_same_access")
@@ -82,18 +83,27 @@ def table(rows: Rows) -> str:
                 f"{row['gb_per_s']:.0f}",
                 f"{row['copy_gb_per_s']:.0f}",
                 f"{row['fraction_of_copy']:.0%}",
+                *([times(row.get("speedup_over_torch"))] if with_torch else []),
             ]
         )
-    return markdown(["op", "case", "MB", "GB/s", "copy GB/s", "of the copy"], lines, 2)
+    header = ["op", "case", "MB", "GB/s", "copy GB/s", "of the copy"]
+    return markdown([*header, *(["times torch's"] if with_torch else [])], lines, 2)
 
 
-def generate(results: Path = RESULTS) -> str:
-    """Row kernels: one section for each device that has results."""
+def generate(results: Path = RESULTS, names: Sequence[str] = ("small_kernels",)) -> str:
+    """Row kernels: one section for each file of these names and each device that has it."""
     sections = []
-    for path, content in load(results, "small_kernels"):
-        if path.stem == "small_kernels":
-            sections.append(f"{conditions(content['environment'])}\n\n{table(content['rows'])}")
+    for name in names:
+        for path, content in load(results, name):
+            if path.stem == name:
+                conditions_of_run = conditions(content["environment"])
+                sections.append(f"{conditions_of_run}\n\n{table(content['rows'])}")
     return "\n\n".join(sections) or EMPTY
+
+
+def companions(results: Path = RESULTS) -> str:
+    """Norms and cross-entropy, which were measured by themselves."""
+    return generate(results, ("norms", "cross_entropy"))
 
 
 # ---- attention --------------------------------------------------------------------------------
@@ -320,6 +330,7 @@ def attention_pictures(results: Path = RESULTS) -> str:
 
 GENERATORS = {
     "benchmarks": generate,
+    "companions": companions,
     "attention-summary": attention_summary,
     "attention-pictures": attention_pictures,
     "attention-results": attention_results,

@@ -88,6 +88,7 @@ const std::map<std::string, Setter>& problem_fields() {
       {"num_splits", set_field<&Problem::num_splits>},
       {"rotary_dim", set_field<&Problem::rotary_dim>},
       {"rotary_interleaved", set_field<&Problem::rotary_interleaved>},
+      {"bias", set_field<&Problem::bias>},
       {"alignment_bytes", set_field<&Problem::alignment_bytes>},
   };
   return fields;

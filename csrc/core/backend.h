@@ -21,6 +21,10 @@ struct Backend {
   int (*rotary)(const RotaryParams& params, void* stream);
   int (*append_kv)(const AppendKvParams& params, void* stream);
   int (*decode)(const DecodeParams& params, void* stream);
+  int (*norm_fwd)(const NormFwdParams& params, void* stream);
+  int (*norm_bwd)(const NormBwdParams& params, void* stream);
+  int (*cross_entropy_fwd)(const CrossEntropyParams& params, void* stream);
+  int (*cross_entropy_bwd)(const CrossEntropyParams& params, void* stream);
 };
 
 }  // namespace fa

@@ -16,7 +16,7 @@ namespace fa {
 
 // Raised with every change of a struct below or of core/backend.h: a library built from other
 // sources is refused instead of being called with the wrong layout.
-constexpr uint32_t kKernelAbiVersion = 5;
+constexpr uint32_t kKernelAbiVersion = 6;
 
 // Strides of a [batch, token, head, dim] tensor, elements. Varlen ([total, head, dim]): batch == 0.
 struct Strides {
@@ -215,6 +215,77 @@ struct AppendKvParams {
   int page_table_rows;
   DType dtype;
   bool vectorized;  // rows of all tensors and both halves start at multiples of 16 bytes
+};
+
+// sum = dropout(x * rowscale) + residual, out = normalise(sum) * weight + bias, in fp32.
+struct NormFwdParams {
+  const void* x;             // [rows, hidden_size], dtype
+  const void* residual;      // [rows, hidden_size], sum_dtype; nullptr: none
+  const void* weight;        // [hidden_size], dtype or fp32
+  const void* bias;          // [hidden_size], as weight; nullptr: none
+  const float* rowscale;     // [rows]; nullptr: 1
+  const int64_t* rng_state;  // [2] = seed, offset; nullptr iff keep_threshold == kNormKeepAll
+  void* out;                 // [rows, hidden_size], dtype, contiguous
+  void* sum;                 // [rows, hidden_size], sum_dtype, contiguous; nullptr: not asked for
+  float* mean;               // [rows]; nullptr: RMSNorm, which subtracts none
+  float* rstd;               // [rows], 1 / sqrt(variance + eps), or of the mean square
+
+  int64_t rows, x_stride, residual_stride;  // strides: elements between rows
+  int hidden_size;
+  int keep_threshold;  // of 65536, core/norm.h
+  float eps;
+  float weight_offset;     // added to every weight
+  DType dtype, sum_dtype;  // sum_dtype: dtype or fp32
+  bool weight_is_fp32;
+  bool vectorized;  // rows of all tensors start at multiples of 16 bytes, and hidden_size is a
+                    // multiple of kNormVec
+};
+
+// The gradients of x, residual, weight and bias.
+struct NormBwdParams {
+  const void* dout;          // [rows, hidden_size], dtype
+  const void* sum;           // [rows, hidden_size], sum_dtype: what was normalised
+  const void* dsum;          // [rows, hidden_size], sum_dtype, gradient of sum; nullptr: 0
+  const void* weight;        // [hidden_size], dtype or fp32
+  const float* rowscale;     // [rows]; nullptr: 1
+  const int64_t* rng_state;  // as in the forward
+  const float* mean;         // [rows]; nullptr: RMSNorm
+  const float* rstd;         // [rows]
+  void* dx;                  // [rows, hidden_size], dtype, contiguous
+  void* dresidual;           // [rows, hidden_size], sum_dtype, contiguous; nullptr: not asked for
+  void* dweight;             // [hidden_size], as weight
+  void* dbias;               // [hidden_size], as weight; nullptr: no bias
+  float* partial;  // [2, num_ctas, norm_partial_stride()] of core/norm.h: of weight and of
+                   // bias
+
+  int64_t rows, dout_stride, sum_stride, dsum_stride;
+  int hidden_size;
+  int num_ctas;  // of the plan
+  int keep_threshold;
+  float weight_offset;
+  DType dtype, sum_dtype;
+  bool weight_is_fp32;
+  bool vectorized;  // as in the forward
+};
+
+// loss = lse - (1 - smoothing) * s[label] - smoothing * mean(s) + z_loss, s = logits * logit_scale,
+// z_loss = lse_square_scale * lse^2.
+struct CrossEntropyParams {
+  const void* logits;      // [rows, vocabulary], dtype
+  const void* labels;      // [rows], int64 or int32; outside [0, vocabulary): the results are NaN
+  const float* given_lse;  // [rows]: used instead of the sum over the logits; nullptr: none
+  float* loss;             // [rows]
+  float* z_loss;           // [rows]
+  float* lse;              // [rows], natural log of s; the backward reads it
+  const float* dloss;      // backward: [rows]
+  void* dlogits;           // backward: [rows, vocabulary], dtype; may be logits
+
+  int64_t rows, logits_stride, dlogits_stride, labels_stride, dloss_stride;
+  int64_t ignore_index;  // rows with this label have no loss and no gradient
+  int vocabulary;
+  float smoothing, logit_scale, lse_square_scale;
+  bool labels_are_int64;
+  DType dtype;
 };
 
 }  // namespace fa

@@ -26,6 +26,10 @@ int bwd_preprocess(const BwdPreprocessParams& params, void* stream);
 int rotary(const RotaryParams& params, void* stream);
 int append_kv(const AppendKvParams& params, void* stream);
 int decode(const DecodeParams& params, void* stream);
+int norm_fwd(const NormFwdParams& params, void* stream);
+int norm_bwd(const NormBwdParams& params, void* stream);
+int cross_entropy_fwd(const CrossEntropyParams& params, void* stream);
+int cross_entropy_bwd(const CrossEntropyParams& params, void* stream);
 
 }  // namespace fa
 
@@ -79,6 +83,10 @@ int decode(const DecodeParams& params, void* stream);
         fa::bwd_preprocess,                                                               \
         fa::rotary,                                                                       \
         fa::append_kv,                                                                    \
-        fa::decode};                                                                      \
+        fa::decode,                                                                       \
+        fa::norm_fwd,                                                                     \
+        fa::norm_bwd,                                                                     \
+        fa::cross_entropy_fwd,                                                            \
+        fa::cross_entropy_bwd};                                                           \
     return &backend;                                                                      \
   }

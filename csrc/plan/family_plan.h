@@ -21,4 +21,12 @@ Plan decode_plan(const Problem& problem, const DeviceFacts& device);
 bool row_kernel_refuses(const Problem& problem, Reason reason);
 Plan row_kernel_plan(const Problem& problem);
 
+// norm_fwd, norm_bwd, cross_entropy_fwd, cross_entropy_bwd; the same for every architecture.
+FA_HD constexpr bool is_companion(Family family) {
+  return family == Family::kNormFwd || family == Family::kNormBwd ||
+         family == Family::kCrossEntropyFwd || family == Family::kCrossEntropyBwd;
+}
+bool companion_refuses(const Problem& problem, const DeviceFacts& device, Reason reason);
+Plan companion_plan(const Problem& problem, const DeviceFacts& device);
+
 }  // namespace fa

@@ -116,19 +116,22 @@ bool no_instance(Arch arch, const Problem& p, Reason reason) {
 std::optional<Plan> plan_for(Arch arch, const Problem& p, const DeviceFacts& device, ArchSet built,
                              Reason reason) {
   const bool attention = is_attention(p.family), decode = p.family == Family::kDecode;
+  const bool companion = is_companion(p.family);
   const int head_dim = attention || decode ? max(p.head_dim, p.head_dim_v) : p.head_dim;
   const Instance* instance = find_instance(arch, p.family, p.dtype, head_dim);
   if (instance == nullptr) {
     no_instance(arch, p, reason);
     return std::nullopt;
   }
-  const bool refused = attention ? attention_refuses(arch, p, device, reason)
-                       : decode  ? decode_refuses(p, device, reason)
-                                 : row_kernel_refuses(p, reason);
+  const bool refused = attention   ? attention_refuses(arch, p, device, reason)
+                       : decode    ? decode_refuses(p, device, reason)
+                       : companion ? companion_refuses(p, device, reason)
+                                   : row_kernel_refuses(p, reason);
   if (refused) return std::nullopt;
-  Plan plan = attention ? attention_plan(arch, p, device)
-              : decode  ? decode_plan(p, device)
-                        : row_kernel_plan(p);
+  Plan plan = attention   ? attention_plan(arch, p, device)
+              : decode    ? decode_plan(p, device)
+              : companion ? companion_plan(p, device)
+                          : row_kernel_plan(p);
   plan.instance = instance->id;
   plan.arch = arch;
   if (!attention) plan.tiles = arch;

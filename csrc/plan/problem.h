@@ -14,9 +14,21 @@
 namespace fa {
 
 // The order is part of the binary interface between the binder and the kernel libraries.
-enum class Family { kFwd, kBwd, kDecode, kCombine, kBwdPreprocess, kRotary, kAppendKv };
+enum class Family {
+  kFwd,
+  kBwd,
+  kDecode,
+  kCombine,
+  kBwdPreprocess,
+  kRotary,
+  kAppendKv,
+  kNormFwd,
+  kNormBwd,
+  kCrossEntropyFwd,
+  kCrossEntropyBwd
+};
 
-constexpr int kNumFamilies = 7;
+constexpr int kNumFamilies = 11;
 
 const char* family_name(Family family);
 
@@ -24,11 +36,12 @@ struct Problem {
   Family family = Family::kFwd;
   DType dtype = DType::kBFloat16;  // of q, k, v; of x; of the output of combine
 
-  int head_dim = 128;    // of q and k, or of x
+  int head_dim = 128;    // of q and k, or of x; hidden_size of a norm, vocabulary of cross_entropy
   int head_dim_v = 128;  // of v and out
   int batch_size = 1;
   // Of each sequence; varlen, cache: the maximum. The row kernels (combine, bwd_preprocess, rotary:
-  // seqlen_q; append_kv: seqlen_k, the new keys) take all tokens together when varlen.
+  // seqlen_q; append_kv: seqlen_k, the new keys) take all tokens together when varlen. norm and
+  // cross_entropy: seqlen_q rows.
   int seqlen_q = 1;
   int seqlen_k = 1;
   int total_q = 0;  // varlen attention: rows of all sequences together, and behind the last one
@@ -51,6 +64,7 @@ struct Problem {
   int num_splits = 0;  // fwd, decode: wanted, 0 = the plan decides; combine: partial results
   int rotary_dim = 0;  // elements that turn; 0: no rotary embedding
   bool rotary_interleaved = false;
+  bool bias = false;         // norm_bwd: of LayerNorm, has a gradient
   int alignment_bytes = 16;  // largest power of two up to 16 that divides the address of every row
 };
 

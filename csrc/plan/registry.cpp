@@ -14,6 +14,10 @@ const char* family_name(Family family) {
     case Family::kBwdPreprocess: return "bwd_preprocess";
     case Family::kRotary: return "rotary";
     case Family::kAppendKv: return "append_kv";
+    case Family::kNormFwd: return "norm_fwd";
+    case Family::kNormBwd: return "norm_bwd";
+    case Family::kCrossEntropyFwd: return "cross_entropy_fwd";
+    case Family::kCrossEntropyBwd: return "cross_entropy_bwd";
   }
   return "unknown";
 }

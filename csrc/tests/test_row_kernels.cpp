@@ -5,6 +5,8 @@
 #include <utility>
 #include <vector>
 
+#include "core/cross_entropy.h"
+#include "core/norm.h"
 #include "core/rotary.h"
 #include "core/token_tile.h"
 #include "tests/check.h"
@@ -30,6 +32,55 @@ void test_lanes_of_row_kernels() {
       CHECK(bwd_preprocess_rows_per_cta(head_dim, vec) % (kBwdPreprocessThreads / kWarpSize) == 0,
             "whole warps: head_dim=%d", head_dim);
     }
+}
+
+// The threads of a norm hold every column of a row, in whole warps or a part of one that divides
+// it.
+void test_norm_shares() {
+  for (int size = 1; size <= kMaxNormSize; size += size < 600 ? 1 : 37) {
+    const int vectors = norm_bwd_vectors(size);
+    for (const auto& [share, columns] : {std::pair(norm_fwd_share(size), kNormFwdColumns),
+                                         std::pair(norm_bwd_share(size), vectors * kNormVec)}) {
+      CHECK(share.lanes * columns >= size, "size=%d lanes=%d", size, share.lanes);
+      CHECK(share.lanes % kWarpSize == 0 || kWarpSize % share.lanes == 0, "lanes=%d", share.lanes);
+      CHECK(share.num_threads() <= kMaxNormThreads && share.rows >= 1, "size=%d", size);
+      CHECK(share.num_threads() % kWarpSize == 0, "whole warps: size=%d", size);
+      CHECK((share.lanes - kWarpSize) * columns < 2 * size, "idle lanes: size=%d", size);
+    }
+    CHECK((vectors == 1) == (size <= kMaxNormBwdRegisterSize), "vectors=%d", vectors);
+    CHECK(norm_bwd_smem_bytes(size, true) <= 128 * 1024, "size=%d", size);
+    for (const int64_t rows : {int64_t{0}, int64_t{1}, int64_t{1000}, int64_t{1} << 40}) {
+      const int64_t ctas = norm_bwd_ctas(size, rows, 108);
+      CHECK(1 <= ctas && (ctas == 1 || (ctas - 1) * norm_bwd_share(size).rows < rows),
+            "a CTA without rows: size=%d", size);
+    }
+  }
+}
+
+// Dropout's half words are those of the four words of Philox, each once.
+void test_norm_dropout() {
+  const Philox4 words{{0x00010000, 0x00030002, 0x00050004, 0x00070006}};
+  for (int column = 0; column < 32; ++column)
+    CHECK(norm_dropout_bits(words, column) == column % 8, "column=%d", column);
+  const uint64_t seed = 0x123456789ABCDEF0, offset = 0x0FEDCBA987654321;
+  const int64_t row = (int64_t{5} << 32) + 7;
+  CHECK(equal(norm_dropout_words(seed, offset, row, 3),
+              philox4x32_10({{3, 7, 5, 0x87654321}}, 0x9ABCDEF0, 0x12345678 ^ 0x0FEDCBA9)),
+        "counter");
+}
+
+// The pieces of a row of logits cover it once, and the vectors are aligned.
+void test_row_pieces() {
+  for (const int bytes : {2, 4})
+    for (uint64_t address = 64; address < 96; address += bytes)
+      for (int size = 0; size < 50; ++size) {
+        const RowPieces p = row_pieces(address, bytes, size);
+        const int vec = kCrossEntropyVectorBytes / bytes;
+        CHECK(0 <= p.head && p.head < vec && p.head <= size, "head=%d", p.head);
+        CHECK(p.vectors == 0 || (address + p.head * bytes) % 16 == 0, "head=%d", p.head);
+        CHECK(p.tail == p.head + p.vectors * vec && size - vec < p.tail && p.tail <= size,
+              "tail=%d size=%d", p.tail, size);
+      }
 }
 
 // The units of a row hold each element once, and both elements of a pair lie in one unit: in one
@@ -113,6 +164,9 @@ void test_token_tiles() {
 
 int main() {
   test_lanes_of_row_kernels();
+  test_norm_shares();
+  test_norm_dropout();
+  test_row_pieces();
   test_units_of_a_row();
   test_token_tiles();
   return report();

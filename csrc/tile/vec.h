@@ -40,13 +40,15 @@ FA_DEVICE Vec<T, N> load_vec(const T* p) {
 }
 
 // Through L1, for tables that many threads read and rows that are read half a line at a time.
-// Precondition: p is a multiple of 16 bytes if the vector is 16 bytes long, of 8 if it has 8, else
-// of sizeof(T).
+// Precondition: p is a multiple of 16 bytes if the vector is 16 bytes long or more, of 8 if it has
+// 8, else of sizeof(T).
 template <int N, class T>
 FA_DEVICE Vec<T, N> load_vec_l1(const T* p) {
   Vec<T, N> v;
-  if constexpr (N * sizeof(T) == 16) {
-    *reinterpret_cast<uint4*>(v.x) = ptx::ld_global_v4(p);
+  if constexpr (N * sizeof(T) % 16 == 0) {
+    FA_UNROLL
+    for (int i = 0; i < N; i += kVecSize<T>)
+      *reinterpret_cast<uint4*>(&v.x[i]) = ptx::ld_global_v4(p + i);
   } else if constexpr (N * sizeof(T) == 8) {
     *reinterpret_cast<uint2*>(v.x) = ptx::ld_global_v2(p);
   } else {

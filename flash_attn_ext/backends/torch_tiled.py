@@ -17,6 +17,11 @@ import torch
 from torch import Tensor
 
 from . import _kvcache, note_fallback
+from ._companions import cross_entropy_bwd as cross_entropy_bwd
+from ._companions import cross_entropy_bwd_ as cross_entropy_bwd_
+from ._companions import cross_entropy_fwd as cross_entropy_fwd
+from ._companions import norm_bwd as norm_bwd
+from ._companions import norm_fwd as norm_fwd
 from ._problem import Options
 from ._sequences import (
     CacheSide,

@@ -1,4 +1,7 @@
-"""Cross-entropy with label smoothing and z-loss, one loss a row, under flash-attn's names."""
+"""Cross-entropy with label smoothing and z-loss, one loss a row, under flash-attn's names.
+
+Kernels compute it on CUDA tensors, PyTorch operations elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import message
+from .._checks import last_dim_contiguous, message
 from ..errors import UnsupportedError
+from . import _kernels
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -39,7 +43,8 @@ def cross_entropy_loss(
         logit_scale: multiplies the logits.
         lse_square_scale: of z_loss, which keeps lse near 0.
         ignore_index: rows with this label have losses of 0 and no gradient.
-        inplace_backward: accepted for flash-attn's callers; the logits are left as they are.
+        inplace_backward: where kernels compute, the gradient takes the place of the logits, which
+            must not be used any more; elsewhere they are left as they are.
         process_group: must be None.
 
     Returns:
@@ -52,6 +57,15 @@ def cross_entropy_loss(
     if process_group is not None:
         raise UnsupportedError(
             message("process_group", "a group", "None", "gather the logits of all processes")
+        )
+    if _kernels.takes(logits) and logits.dim() == 2 and labels.dim() == 1:
+        if labels.dtype not in (torch.int64, torch.int32):
+            labels = labels.long()
+        if precomputed_lse is not None:
+            precomputed_lse = precomputed_lse.detach().float().contiguous()
+        options = _kernels.LossOptions(label_smoothing, logit_scale, lse_square_scale, ignore_index)
+        return _kernels.cross_entropy(
+            last_dim_contiguous(logits), labels, precomputed_lse, options, inplace_backward
         )
     scores = (logits if logits.dtype == torch.float64 else logits.float()) * logit_scale
     ignored = labels == ignore_index

@@ -5,7 +5,9 @@ One function, `layer_norm_fn`, has it all::
     sum = dropout(x * rowscale) + dropout(x1) + residual        in fp32
     out = normalise(sum) * weight + bias                        and out1 with weight1, bias1
 
-The others are its forms. Everything is made of PyTorch operations and differentiable.
+The others are its forms. On CUDA tensors kernels compute it, forward and backward, where one
+summand is normalised to one result in x's type; PyTorch operations compute the rest, and everything
+on other devices. Everything is differentiable, what kernels compute once.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import message
+from .._checks import last_dim_contiguous, message
 from ..errors import UnsupportedError
+from . import _kernels
 
 NormResult = Any
 """A tensor, or a tuple that begins with it; see `layer_norm_fn`."""
@@ -74,6 +77,18 @@ def layer_norm_fn(
     """
     if x1 is not None and rowscale is not None:
         raise UnsupportedError(message("rowscale", "a tensor with x1", "None"))
+    plain = x1 is None and weight1 is None and out is None and residual_out is None
+    if (
+        plain
+        and not return_dropout_mask
+        and (out_dtype is None or out_dtype == x.dtype)
+        and dropout_p < 1.0
+        and _kernels_take(x, weight, residual, rowscale)
+    ):
+        options = _kernels.NormOptions(
+            eps, dropout_p, is_rms_norm, float(zero_centered_weight), prenorm, residual_in_fp32
+        )
+        return _by_kernels(x, weight, bias, residual, rowscale, options)
     mask, total = _dropped(x if rowscale is None else x * rowscale[..., None], dropout_p)
     mask1 = None
     if x1 is not None:
@@ -328,6 +343,52 @@ class RMSNorm(nn.Module):
             residual_in_fp32=residual_in_fp32,
             zero_centered_weight=self.zero_centered_weight,
         )
+
+
+def _kernels_take(
+    x: Tensor, weight: Tensor, residual: Tensor | None, rowscale: Tensor | None
+) -> bool:
+    """Whether the norm ops may compute a sum of x and a residual."""
+    if not _kernels.takes(x) or weight.shape != x.shape[-1:]:
+        return False
+    if residual is not None:
+        if residual.shape != x.shape or residual.dtype not in (x.dtype, torch.float32):
+            return False
+    return rowscale is None or (rowscale.shape == x.shape[:-1] and not rowscale.requires_grad)
+
+
+def _by_kernels(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    rowscale: Tensor | None,
+    options: _kernels.NormOptions,
+) -> NormResult:
+    """`layer_norm_fn` through the norm ops."""
+    rows = last_dim_contiguous(x.reshape(-1, x.shape[-1]))
+    if residual is not None:
+        residual = last_dim_contiguous(residual.reshape(rows.shape))
+    if rowscale is not None:
+        rowscale = rowscale.reshape(-1).float().contiguous()
+    types = {weight.dtype if bias is None else bias.dtype, weight.dtype}
+    if len(types) > 1 or not types <= {x.dtype, torch.float32}:
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    # What the sum is without being computed.
+    is_x = residual is None and rowscale is None and options.dropout_p == 0.0
+    is_x = is_x and not (options.sum_in_fp32 and x.dtype != torch.float32)
+    return_sum = options.return_sum and not is_x
+    out, total = _kernels.norm(
+        rows,
+        residual,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        rowscale,
+        options._replace(return_sum=return_sum),
+    )
+    if not options.return_sum:
+        return out.view(x.shape)
+    return out.view(x.shape), x if total is None else total.view(x.shape)
 
 
 def _upcast(x: Tensor) -> Tensor:

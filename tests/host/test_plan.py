@@ -10,6 +10,7 @@ import pytest
 
 ALL = ["sm80", "sm89", "sm90"]
 ROW_FAMILIES = ("combine", "bwd_preprocess", "rotary", "append_kv")
+COMPANIONS = ("norm_fwd", "norm_bwd", "cross_entropy_fwd", "cross_entropy_bwd")
 ATTENTION = ("fwd", "bwd")
 BUILT = (64, 96, 128, 192, 256)
 SM90_BWD = BUILT
@@ -76,7 +77,7 @@ def test_instances_of_this_version(introspect: ModuleType) -> None:
     rows = introspect.kernels()
     row_types = ("fp16", "bf16", "fp32")
     expected = {
-        *itertools.product(("sm80", "sm90"), ROW_FAMILIES, row_types, (0,)),
+        *itertools.product(("sm80", "sm90"), (*ROW_FAMILIES, *COMPANIONS), row_types, (0,)),
         *itertools.product(("sm80", "sm90"), ("decode",), ("fp16", "bf16"), BUILT),
         *itertools.product(("sm80",), ATTENTION, ("fp16", "bf16"), BUILT),
         *itertools.product(("sm90",), ("fwd",), ("fp16", "bf16"), BUILT),
@@ -86,7 +87,7 @@ def test_instances_of_this_version(introspect: ModuleType) -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize("family", ROW_FAMILIES)
+@pytest.mark.parametrize("family", [*ROW_FAMILIES, *COMPANIONS])
 @pytest.mark.parametrize("device", [*DEVICES])
 def test_library_of_each_device(introspect: ModuleType, device: str, family: str) -> None:
     plan = introspect.make_plan(problem(family), device, ALL)
@@ -96,7 +97,8 @@ def test_library_of_each_device(introspect: ModuleType, device: str, family: str
     assert plan["kernel"] == f"{own}_{family}_bf16"
     assert plan["num_threads"] % 32 == 0
     assert plan["num_ctas"] > 0
-    assert plan["workspace_bytes"] == plan["smem_bytes"] == 0
+    if family != "norm_bwd":
+        assert plan["workspace_bytes"] == plan["smem_bytes"] == 0
 
 
 def test_older_library_stands_in(introspect: ModuleType) -> None:
@@ -428,6 +430,17 @@ def test_bwd_workspace(introspect: ModuleType, varlen: bool, head_dim: int) -> N
             "sm80: head_dim_v=300: append_kv takes at most 256",
         ),
         (problem("append_kv", rotary_dim=5), "sm80: rotary_dim=5: append_kv needs an even number"),
+        (problem("norm_fwd", head_dim=16392), "sm80: head_dim=16392: norm_fwd takes at most 16384"),
+        (problem("norm_bwd", head_dim=16392), "sm80: head_dim=16392: norm_bwd takes at most 16384"),
+        (
+            problem("norm_bwd", head_dim=8200, alignment_bytes=8),
+            "sm80: head_dim=8200: norm_bwd takes more than 8192 only as a multiple of 8 in rows "
+            "that begin at multiples of 16 bytes",
+        ),
+        (
+            problem("cross_entropy_fwd", dtype="fp64"),
+            "sm80: dtype=fp64: cross_entropy_fwd is built for fp16, bf16, fp32",
+        ),
         (problem("fwd", dtype="fp32"), "sm80: dtype=fp32: fwd is built for fp16, bf16"),
         (problem("bwd", dtype="fp64"), "sm80: dtype=fp64: bwd is built for fp16, bf16"),
         (
@@ -525,6 +538,43 @@ def test_combine_grid_covers_all_rows(introspect: ModuleType) -> None:
         assert plan["num_ctas"] == -(-rows // plan["tile"][0])
         assert plan["tile"][1] == head_dim_v
         assert plan["num_splits"] == 4
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("hidden_size", [1, 64, 100, 1536, 4096, 8192, 12288, 16384])
+def test_norms(introspect: ModuleType, hidden_size: int, bias: bool) -> None:
+    for rows, alignment in itertools.product((0, 1, 1000, 1 << 20), (2, 16)):
+        if hidden_size > 8192 and alignment < 16:
+            continue
+        sizes = {"head_dim": hidden_size, "seqlen_q": rows, "alignment_bytes": alignment}
+        forward, backward = (
+            introspect.make_plan({"family": family, "bias": bias, **sizes}, "h100", ALL)
+            for family in ("norm_fwd", "norm_bwd")
+        )
+        assert forward["vectorized"] is backward["vectorized"]
+        assert forward["vectorized"] is (alignment == 16 and hidden_size % 8 == 0)
+        at_once, size = forward["tile"]
+        assert size == hidden_size
+        assert at_once * hidden_size <= 16 * forward["num_threads"]
+        assert forward["num_ctas"] == -(-rows // at_once)
+        at_once = backward["tile"][0]
+        assert 1 <= backward["num_ctas"] <= max(1, -(-rows // at_once))
+        assert backward["num_ctas"] * backward["num_threads"] <= max(1024, 132 * 1024)
+        padded = -(-hidden_size // 8) * 8
+        gradients = 2 if bias else 1
+        assert backward["workspace_bytes"] == 4 * gradients * backward["num_ctas"] * padded
+        vectors = -(-hidden_size // 8192)
+        smem_bytes = 4 * gradients * 8 * vectors * backward["num_threads"]
+        assert backward["smem_bytes"] == smem_bytes
+
+
+def test_cross_entropy_takes_any_vocabulary(introspect: ModuleType) -> None:
+    for family, vocabulary in itertools.product(COMPANIONS[2:], (1, 50257, 1 << 20)):
+        sizes = {"head_dim": vocabulary, "seqlen_q": 77, "alignment_bytes": 1}
+        plan = introspect.make_plan({"family": family, "dtype": "fp16", **sizes}, "sm86", ALL)
+        assert plan["num_ctas"] == 77
+        assert plan["tile"] == (1, vocabulary)
+        assert plan["vectorized"]
 
 
 def test_plans_ignore_flags_that_a_family_has_no_use_for(introspect: ModuleType) -> None:

@@ -77,24 +77,36 @@ def test_commit_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     assert common.environment(CPU)["commit"]
 
 
-@pytest.mark.parametrize("op", ["combine", "bwd_preprocess", "rotary", "append_kv"])
+@pytest.mark.parametrize(
+    ("only", "ops"),
+    [
+        *((op, {op}) for op in ("combine", "bwd_preprocess", "rotary", "append_kv")),
+        ("norm_case", {"norm_fwd", "norm_bwd"}),
+        ("cross_entropy", {"cross_entropy_fwd", "cross_entropy_bwd"}),
+    ],
+)
 def test_small_kernels_end_to_end(
-    op: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    only: str,
+    ops: set[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bench_small_kernels, "SEQLEN", 64)
     monkeypatch.setattr(bench_small_kernels, "MAX_POSITION", 128)
     path = tmp_path / "results" / "cpu" / "small_kernels.json"
-    arguments = ["--device", "cpu", "--megabytes", "0", "--repetitions", "1", "--only", op]
+    arguments = ["--device", "cpu", "--megabytes", "0", "--repetitions", "1", "--only", only]
     monkeypatch.setattr(bench_small_kernels.Setup, "batch_size", lambda self, each: 1)
     assert bench_small_kernels.main([*arguments, "--out", str(path)]) == 0
     content = json.loads(path.read_text())
-    assert {row["op"].rstrip("_") for row in content["rows"]} == {op}
+    assert {row["op"].rstrip("_") for row in content["rows"]} == ops
     for row in content["rows"]:
         gb_per_s = row["num_bytes"] / row["ms"] / 1e6
         assert row["gb_per_s"] == pytest.approx(gb_per_s, rel=1e-2, abs=0.06)
         assert 0 < row["fraction_of_copy"]
     markdown = render_results.generate(path.parents[1])
-    assert markdown.count(f"| `{op}") == len(content["rows"])
+    assert sum(markdown.count(f"| `{op}") for op in ops) == len(content["rows"])
+    assert ("times torch's" in markdown) is (only in ("norm_case", "cross_entropy"))
     assert content["environment"]["device"] in markdown
 
     assert bench_small_kernels.main([*arguments, "--out", str(path), "--assert", "1e9"]) == 1
@@ -110,6 +122,7 @@ def test_rows_read_more_than_they_claim_to_need() -> None:
 
 def test_render_without_results(tmp_path: Path) -> None:
     assert render_results.generate(tmp_path) == render_results.EMPTY
+    assert render_results.companions(tmp_path) == render_results.EMPTY
     assert render_results.attention_summary(tmp_path) == render_results.EMPTY_ATTENTION
     assert render_results.attention_results(tmp_path) == render_results.EMPTY_ATTENTION
     assert render_results.attention_pictures(tmp_path) == render_results.EMPTY_ATTENTION

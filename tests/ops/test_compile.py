@@ -106,6 +106,24 @@ def op_arguments(name: str, device: str) -> list[tuple[Any, ...]]:
             (x(9, 4, 8), cos, sin, int32([1, 2], device), lengths[0], 5, False, True, False),
             (x(2, 5, 4, 8), cos, sin, int32([1, 2], device), None, 5, False, False, True),
         ]
+    if name == "norm_fwd":
+        rows, weights = (x(6, 24), None, x(24)), (1e-5, 0.0, True, 0.0, False, False)
+        wide = (x(6, 24).bfloat16(), x(6, 24), x(24), x(24), torch.rand(6, device=device), seed)
+        return [(*rows, None, None, None, *weights), (*wide, 1e-5, 0.3, False, 1.0, True, True)]
+    if name == "norm_bwd":
+        statistics = (torch.rand(6, device=device), torch.rand(6, device=device))
+        plain_rows = (x(6, 24), x(6, 24), None, x(24), None, None, statistics[0][:0], statistics[1])
+        wide = (x(6, 24).bfloat16(), x(6, 24), x(6, 24), x(24), torch.rand(6, device=device), seed)
+        return [
+            (*plain_rows, 0.0, True, 0.0, False, False),
+            (*wide, *statistics, 0.3, False, 1.0, True, True),
+        ]
+    if name.startswith("cross_entropy"):
+        labels = torch.tensor([3, -100, 0, 10, 7, 7], device=device)
+        loss = (0.1, 0.7, 1e-3, -100)
+        if name == "cross_entropy_fwd":
+            return [(x(6, 11), labels, given, *loss) for given in (None, x(6))]
+        return [(x(6), x(6, 11), labels, x(6), *loss)]
     partial = (x(3, 2, 5, 4, 8), x(3, 2, 5, 4))
     if name == "combine":
         return [(*partial, None), (*partial, torch.bfloat16)]

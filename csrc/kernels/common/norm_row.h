@@ -1,0 +1,160 @@
+// What the forward and the backward of LayerNorm and RMSNorm do with a row: load and store it, drop
+// elements of it, sum it up.
+#pragma once
+#include "core/norm.h"
+#include "tile/vec.h"
+
+namespace fa {
+
+// The columns of a thread: kColumns of them in vectors of kNormVec, `lanes` vectors apart, so that
+// neighbouring threads touch neighbouring bytes. kAligned: every row of every tensor starts at a
+// multiple of 16 bytes and hidden_size is one of kNormVec; else elements move one by one.
+template <int kColumns, bool kAligned>
+struct NormColumns {
+  static constexpr int kVectors = kColumns / kNormVec;
+  int lane, lanes, size;
+
+  FA_DEVICE int column(int v) const { return (v * lanes + lane) * kNormVec; }
+  // Elements of vector v inside the row.
+  FA_DEVICE int count(int v) const { return size - column(v); }
+  FA_DEVICE bool is_inside(int v, int i) const { return (kAligned ? 0 : i) < count(v); }
+
+  // Vector v of the row at p. Past the end of the row it has other elements of the row or zeros, so
+  // that no load waits for a branch.
+  template <class T>
+  FA_DEVICE Vec<T, kNormVec> load(const T* p, int v) const {
+    if constexpr (kAligned) {
+      return load_vec<kNormVec>(p + min(column(v), size - kNormVec));
+    } else {
+      Vec<T, kNormVec> x;
+      FA_UNROLL
+      for (int i = 0; i < kNormVec; ++i)
+        x.x[i] = i < count(v) ? p[column(v) + i] : static_cast<T>(0.f);
+      return x;
+    }
+  }
+  template <class T>
+  FA_DEVICE void store(T* p, int v, const float (&x)[kNormVec]) const {
+    Vec<T, kNormVec> rounded;
+    from_float(x, rounded);
+    if constexpr (kAligned) {
+      if (count(v) > 0) store_vec(p + column(v), rounded);
+    } else {
+      FA_UNROLL
+      for (int i = 0; i < kNormVec; ++i)
+        if (i < count(v)) p[column(v) + i] = rounded.x[i];
+    }
+  }
+  // Vector v of weight or bias, in T or fp32; read by many CTAs.
+  template <class T>
+  FA_DEVICE void load_weights(const void* weights, bool is_fp32, int v,
+                              float (&x)[kNormVec]) const {
+    if (is_fp32) {
+      load_weights_of(static_cast<const float*>(weights), v, x);
+    } else {
+      load_weights_of(static_cast<const T*>(weights), v, x);
+    }
+  }
+
+ private:
+  template <class W>
+  FA_DEVICE void load_weights_of(const W* p, int v, float (&x)[kNormVec]) const {
+    if constexpr (kAligned) {
+      to_float(load_vec_l1<kNormVec>(p + min(column(v), size - kNormVec)), x);
+    } else {
+      to_float(load(p, v), x);
+    }
+  }
+};
+
+// A row's elements as they are in memory, those of one thread.
+template <class T, class Columns>
+struct NormVectors {
+  Vec<T, kNormVec> v[Columns::kVectors];
+
+  FA_DEVICE void load(const void* rows, int64_t stride, int64_t row, Columns columns) {
+    const T* p = static_cast<const T*>(rows) + row * stride;
+    FA_UNROLL
+    for (int i = 0; i < Columns::kVectors; ++i) v[i] = columns.load(p, i);
+  }
+};
+
+// What dropout does to a row.
+struct NormDropout {
+  uint64_t seed, offset;
+  int keep_threshold;
+  float scale;
+
+  FA_DEVICE NormDropout(const int64_t* rng_state, int keep_threshold)
+      : keep_threshold(keep_threshold) {
+    seed = static_cast<uint64_t>(rng_state[0]);
+    offset = static_cast<uint64_t>(rng_state[1]);
+    scale = static_cast<float>(kNormKeepAll) / static_cast<float>(keep_threshold);
+  }
+
+  // Multiplies the elements from `column` on, a multiple of kNormVec, by scale or 0.
+  FA_DEVICE void apply(int64_t row, int column, float (&x)[kNormVec]) const {
+    static_assert(kNormDropoutColumns == kNormVec);
+    const Philox4 words = norm_dropout_words(seed, offset, row, column / kNormDropoutColumns);
+    FA_UNROLL
+    for (int i = 0; i < kNormVec; ++i)
+      x[i] *= norm_dropout_bits(words, i) < keep_threshold ? scale : 0.f;
+  }
+};
+
+// Sums over groups of kLanes lanes, each in all of them.
+template <int kLanes, int kN>
+FA_DEVICE void add_lanes(float (&x)[kN]) {
+  FA_UNROLL
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    FA_UNROLL
+    for (int i = 0; i < kN; ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], step);
+  }
+}
+// The same over the lanes of a row inside a warp.
+template <int kN>
+FA_DEVICE void add_row_lanes(float (&x)[kN], int lanes) {
+  if (lanes >= kWarpSize) return add_lanes<kWarpSize>(x);
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    FA_UNROLL
+    for (int i = 0; i < kN; ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], step);
+  }
+}
+
+// What the warps of a row exchange.
+struct RowWarps {
+  int count, width;  // width: a power of two, whose lanes add up `count` of them
+  int first;         // of this row among the warps of the CTA
+
+  FA_DEVICE RowWarps(int lanes, int group)
+      : count(lanes / kWarpSize), width(count <= 8 ? 8 : kWarpSize), first(group * count) {}
+  // The warp of the row that this lane looks at; count or more: none.
+  FA_DEVICE int other() const { return static_cast<int>(threadIdx.x) % width; }
+  template <int kN>
+  FA_DEVICE void add(float (&x)[kN]) const {
+    if (width == 8) {
+      add_lanes<8>(x);
+    } else {
+      add_lanes<kWarpSize>(x);
+    }
+  }
+};
+
+// Sums over the lanes of a row, each in all of its threads. All threads of the CTA take part.
+// scratch: [kN][kWarpSize], not the one of the call before: its last readers may still be there.
+template <int kN>
+FA_DEVICE void sum_over_row(float (&x)[kN], int lanes, int group, float* scratch) {
+  add_row_lanes(x, lanes);
+  if (lanes <= kWarpSize) return;
+  const RowWarps warps(lanes, group);
+  FA_UNROLL
+  for (int i = 0; i < kN; ++i)
+    if (threadIdx.x % kWarpSize == 0) scratch[i * kWarpSize + threadIdx.x / kWarpSize] = x[i];
+  __syncthreads();  // the warps of a row see each other's sums
+  FA_UNROLL
+  for (int i = 0; i < kN; ++i)
+    x[i] = warps.other() < warps.count ? scratch[i * kWarpSize + warps.first + warps.other()] : 0.f;
+  warps.add(x);
+}
+
+}  // namespace fa
