@@ -52,6 +52,9 @@ PACKED = {
     "seqused": Packed([170, 80, 128], [250, 300, 90], [110, 0, 128], [200, 300, 1], extra=2),
     "seqused_q": Packed([170, 80], [250, 300], used_q=[160, 3]),
     "seqused_k": Packed([170, 80], [250, 300], used_k=[0, 130]),
+    "one_tile_of_keys": Packed(
+        [170, 3, 200, 64], [100, 128, 0, 9], [110, 3, 200, 64], [90, 128, 0, 9], extra=300
+    ),
     "many_short": Packed([3, 1, 0, 2, 7] * 12, [2, 9, 4, 0, 1] * 12),
     "all_empty": Packed([0, 0], [0, 0], extra=3),
     "no_queries": Packed([0, 0], [4, 2]),

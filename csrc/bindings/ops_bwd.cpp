@@ -36,21 +36,24 @@ void check_results(const BwdArgs& args, const Problem& p) {
   check_size("lse", args.lse, rank - 2, p.varlen ? p.total_q : p.seqlen_q);
 }
 
-// The kernel adds dQ up in fp32, in tiles of its own; and dK and dV, if CTAs share heads.
+// Where the kernel adds up dQ in fp32, in tiles of its own, unless a CTA completes it; and dK and
+// dV, if CTAs share heads.
 struct Workspace {
-  Tensor dq_accum;
-  OptionalTensor dq_semaphore, dk_accum, dv_accum, dkv_semaphore;
+  OptionalTensor dq_accum, dq_semaphore, dk_accum, dv_accum, dkv_semaphore;
 };
 
 Workspace new_workspace(const Tensor& q, const Problem& p, const BwdParams& params,
                         const Plan& plan) {
-  const int64_t rows =
-      bwd_dq_accum_rows(p.varlen, p.batch_size, p.seqlen_q, p.total_q, plan.tile_m);
-  const int built = built_head_dim(max(p.head_dim, p.head_dim_v));
   const auto zeros = [&](int64_t size, ScalarType type) { return zero_tensor(q, {size}, type); };
-  Workspace w{zeros(bwd_dq_accum_elements(rows, p.num_heads_q, built), ScalarType::Float)};
-  if (p.deterministic)
-    w.dq_semaphore = zeros(bwd_dq_semaphores(rows, p.num_heads_q, plan.tile_m), ScalarType::Int);
+  Workspace w;
+  if (!plan.complete_dq) {
+    const int64_t rows =
+        bwd_dq_accum_rows(p.varlen, p.batch_size, p.seqlen_q, p.total_q, plan.tile_m);
+    const int built = built_head_dim(max(p.head_dim, p.head_dim_v));
+    w.dq_accum = zeros(bwd_dq_accum_elements(rows, p.num_heads_q, built), ScalarType::Float);
+    if (p.deterministic)
+      w.dq_semaphore = zeros(bwd_dq_semaphores(rows, p.num_heads_q, plan.tile_m), ScalarType::Int);
+  }
   if (plan.head_splits > 1) {
     const int64_t heads = int64_t{params.total_k} * p.num_heads_kv;
     w.dk_accum = zeros(heads * params.head_dim, ScalarType::Float);
@@ -90,7 +93,7 @@ Gradients launch_bwd(const PlannedKernel& kernel, const BwdArgs& args, const Pro
   const Workspace workspace = new_workspace(a.q, problem, p, kernel.plan);
   p.lse = static_cast<const float*>(lse.data_ptr());
   p.delta = static_cast<const float*>(delta.data_ptr());
-  p.dq_accum = static_cast<float*>(workspace.dq_accum.data_ptr());
+  p.dq_accum = data_of<float>(workspace.dq_accum);
   p.dq_semaphore = data_of<int>(workspace.dq_semaphore);
   p.dk_accum = data_of<float>(workspace.dk_accum);
   p.dv_accum = data_of<float>(workspace.dv_accum);

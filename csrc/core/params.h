@@ -61,8 +61,8 @@ struct FwdParams {
 
 // Attention backward: gradients of q, k, v. The kernels keep K and V and stream Q and dO, so that
 // dK and dV are complete in one CTA; dQ is added up in fp32 in dq_accum and rounded by a last
-// kernel. Where that gives too few CTAs, head_splits of them share the query heads of a KV head,
-// and dK and dV are added up likewise.
+// kernel, or complete too, if one tile has all keys of a sequence. Where that gives too few CTAs,
+// head_splits of them share the query heads of a KV head, and dK and dV are added up likewise.
 struct BwdParams {
   const void* dout;  // [batch_size, seqlen_q, num_heads_q, head_dim_v], or [total_q, ...]
   const void* q;     // shapes as in the forward
@@ -73,7 +73,8 @@ struct BwdParams {
   void* dq;            // shape of q; every row is written
   void* dk;            // shape of k
   void* dv;            // shape of v
-  float* dq_accum;     // bwd_dq_accum_elements() of core/bwd_workspace.h, zeroed
+  float* dq_accum;     // bwd_dq_accum_elements() of core/bwd_workspace.h, zeroed; nullptr: one
+                       // tile has all keys, see sm80_bwd_completes_dq()
   int* dq_semaphore;   // bwd_dq_semaphores(), zeroed; nullptr: not deterministic
   float* dk_accum;     // [total_k, num_heads_kv, head_dim], zeroed; nullptr: head_splits is 1
   float* dv_accum;     // [total_k, num_heads_kv, head_dim_v], the same

@@ -108,10 +108,13 @@ Plan tile_of(Arch arch, const Problem& p, const DeviceFacts& device) {
 
 // dQ in fp32, and the turns of its additions; dK and dV likewise if CTAs share heads.
 int64_t bwd_workspace_bytes(const Problem& p, const Plan& plan) {
-  const int64_t rows =
-      bwd_dq_accum_rows(p.varlen, p.batch_size, p.seqlen_q, p.total_q, plan.tile_m);
-  int64_t elements = bwd_dq_accum_elements(rows, p.num_heads_q, built_size(p));
-  int64_t semaphores = bwd_dq_semaphores(rows, p.num_heads_q, plan.tile_m);
+  int64_t elements = 0, semaphores = 0;
+  if (!plan.complete_dq) {
+    const int64_t rows =
+        bwd_dq_accum_rows(p.varlen, p.batch_size, p.seqlen_q, p.total_q, plan.tile_m);
+    elements = bwd_dq_accum_elements(rows, p.num_heads_q, built_size(p));
+    semaphores = bwd_dq_semaphores(rows, p.num_heads_q, plan.tile_m);
+  }
   if (plan.head_splits > 1) {
     const int64_t total_k = p.varlen ? p.total_k : int64_t{p.batch_size} * p.seqlen_k;
     const int head_dims =
@@ -186,6 +189,8 @@ Plan attention_plan(Arch arch, const Problem& p, const DeviceFacts& device) {
                                          p.num_heads_q / max(p.num_heads_kv, 1));
     }
     plan.num_ctas = tiles * (arch == Arch::kSm90 ? sm90_bwd_ctas_of_tile(p) : plan.head_splits);
+    plan.complete_dq = arch == Arch::kSm80 && p.seqlen_k <= plan.tile_n && !has_score_mod(p) &&
+                       sm80_bwd_completes_dq(plan.tiles, built_size(p));
     plan.workspace_bytes = bwd_workspace_bytes(p, plan);
   }
   return plan;

@@ -43,6 +43,7 @@ struct Plan {
   int64_t num_ctas = 0;
   int num_splits = 1;           // partial results per row
   int head_splits = 1;          // bwd: CTAs that share the query heads of a KV head
+  bool complete_dq = false;     // bwd: a tile has all keys of a sequence, so dQ is not added up
   bool vectorized = false;      // rows are read and written 16 bytes at a time; attention: as they
                                 // are, else the binder copies what is not aligned or padded
   int smem_bytes = 0;           // dynamic, of a CTA

@@ -37,6 +37,9 @@ FA_DEVICE uint2 ld_global_v2(const void* ptr) {
 }
 
 // 16 bytes. Precondition: ptr is a multiple of 16 bytes in global memory.
+FA_DEVICE void st_global_u32(void* ptr, uint32_t v) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(ptr), "r"(v) : "memory");
+}
 FA_DEVICE void st_global_v4(void* ptr, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(ptr), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)

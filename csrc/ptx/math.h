@@ -1,6 +1,6 @@
-// Approximate math in one instruction each; ftz variants, so that ptxas adds no denormal handling.
+// Math of one instruction each; the approximations as ftz, so that ptxas adds no denormal handling.
 //
-// PTX ISA, "Floating Point Instructions: ex2, lg2, rcp, tanh".
+// PTX ISA, "Floating Point Instructions: ex2, lg2, rcp, tanh, fma".
 #pragma once
 #include "core/host_device.h"
 
@@ -31,6 +31,13 @@ FA_DEVICE float rcp_approx_ftz(float x) {
 FA_DEVICE float tanh_approx(float x) {
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// a b + c, clamped to [0, 1]; NaN becomes 0.
+FA_DEVICE float fma_saturate(float a, float b, float c) {
+  float y;
+  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
   return y;
 }
 

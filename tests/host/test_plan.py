@@ -311,6 +311,22 @@ def test_what_sm90_bwd_leaves_to_sm80(introspect: ModuleType) -> None:
         assert plan["kernel"] == "sm90_bwd_hdim128_bf16"
 
 
+def test_dq_of_one_tile_of_keys_needs_no_workspace(introspect: ModuleType) -> None:
+    """Plain SM80 kernels of head_dim 64 and 128, with the tiles of 163 KB and more."""
+    sizes = {"num_heads_q": 4, "num_heads_kv": 4, "head_dim": 128, "head_dim_v": 128}
+    packed = {"varlen": True, "total_q": 900, "total_k": 300}
+    for fields in ({}, {"deterministic": True}, packed, {"head_dim": 64, "head_dim_v": 40}):
+        for seqlen_k in (1, 128, 129):
+            keys = {**sizes, "seqlen_k": seqlen_k, **fields}
+            plan = introspect.make_plan(problem("bwd", **keys), "a100", ALL)
+            assert (plan["workspace_bytes"] == 0) == (seqlen_k <= 128 == plan["tile"][1])
+    for fields in ({"softcap": True}, {"dropout": True}, {"head_dim": 192}, {"head_dim": 96}):
+        keys = {**sizes, "seqlen_k": 128, "head_dim_v": 64, **fields}
+        assert introspect.make_plan(problem("bwd", **keys), "a100", ALL)["workspace_bytes"] > 0
+    keys = {**sizes, "seqlen_k": 128}
+    assert introspect.make_plan(problem("bwd", **keys), "rtx4090", ALL)["workspace_bytes"] > 0
+
+
 @pytest.mark.parametrize("family", ATTENTION)
 def test_head_dims_run_in_the_next_built_size(introspect: ModuleType, family: str) -> None:
     for head_dim, head_dim_v in [(1, 1), (8, 64), (64, 65), (192, 128), (64, 128), (129, 8)]:

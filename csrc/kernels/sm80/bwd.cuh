@@ -4,7 +4,8 @@
 // of the query heads that read it. Half of its warps own dV, the others dK:
 //   dV warps:  S^T = K Q^T;    P = exp(S - lse) -> smem;                dV += P^T dO
 //   dK warps:  dP^T = V dO^T;  dS = P (dP - delta) -> smem, over P;     dK += dS^T Q
-//   all:       dQ += dS K, one step late, added up in fp32 in global memory
+//   all:       dQ += dS K, one step late, added up in fp32 in global memory; if the tile has all
+//              keys of its sequence, it is written at once
 // Both roles run the same two products on other operands, with the keys along the rows, so that P
 // and dS stay in registers as A operands, and a warp reads the other operand once for all its keys.
 // With few KV heads several CTAs share the query heads of one (head_splits) and add dK and dV up in
@@ -33,9 +34,20 @@
 
 namespace fa {
 
-template <class T, int kHeadDim, Arch kTiles, bool kScoreMod>
+template <class T>
+FA_DEVICE T* dq_of_head(const BwdParams& p, const BwdTile& tile, int head) {
+  return static_cast<T*>(p.dq) + element_offset(p.dq_strides.batch, p.dq_strides.token,
+                                                p.dq_strides.head, tile.batch, tile.seq_q.first_row,
+                                                head);
+}
+
+// Kernels apart, as another branch in the loop of one kernel costs it 2 to 4 % at head_dim 128.
+enum class BwdKind { kPlain, kScoreMod, kCompleteDq };
+
+template <class T, int kHeadDim, Arch kTiles, BwdKind kKind>
 struct BwdCta {
   using Shape = BwdShape<kHeadDim, kTiles>;
+  static constexpr bool kScoreMod = kKind == BwdKind::kScoreMod;
   using KeptTile = typename Shape::KeptTile;
   using StreamTile = typename Shape::StreamTile;
   using ScoreTile = typename Shape::ScoreTile;
@@ -234,12 +246,22 @@ struct BwdCta {
     mod.score(acc, origin, lane);
     if (border) apply_mask(acc, tile.mask, origin, lane);
     Operand probs, passed;
-    FA_UNROLL
-    for (int k = 0; k < Shape::kChunk / 16; ++k) {
+    const auto modify = [&](auto kinds) {
       FA_UNROLL
-      for (int m = 0; m < Shape::kBands; m += kModBands)
-        modify_part(acc, mod, origin, {m, k}, statistics(stage, chunk), probs, passed);
-      store_operand(passed, stage, chunk, {k, k + 1});
+      for (int k = 0; k < Shape::kChunk / 16; ++k) {
+        FA_UNROLL
+        for (int m = 0; m < Shape::kBands; m += kModBands)
+          modify_part(acc, mod, kinds, origin, {m, k}, statistics(stage, chunk), probs, passed);
+        store_operand(passed, stage, chunk, {k, k + 1});
+      }
+    };
+    const ModKinds kinds = mod.kinds();
+    if (kinds.is_softcap()) {
+      modify(OnlySoftcap{});
+    } else if (kinds.is_bias()) {
+      modify(OnlyBias{kinds.alibi});
+    } else {
+      modify(kinds);
     }
     return probs;
   }
@@ -250,7 +272,8 @@ struct BwdCta {
   struct ModPart {
     int m, k;
   };
-  FA_DEVICE void modify_part(const Scores& acc, const TransposedScoreMod& mod,
+  template <class Kinds>
+  FA_DEVICE void modify_part(const Scores& acc, const TransposedScoreMod& mod, Kinds kinds,
                              TransposedOrigin origin, ModPart part, uint32_t lse, Operand& probs,
                              Operand& passed) const {
     origin.first_key += 16 * part.m;
@@ -263,8 +286,8 @@ struct BwdCta {
         scores.x[j / 2][j % 2][i] = acc.x[part.m + j / 2][2 * part.k + j % 2][i];
     }
     AccumTile<kModBands, 2> weights = scores;
-    to_weights(weights, mod.unit(), lse + 16 * part.k * sizeof(float));
-    const AccumTile<kModBands, 2> others = mod.apply(weights, scores, origin, lane);
+    to_weights(weights, mod.unit(kinds), lse + 16 * part.k * sizeof(float));
+    const AccumTile<kModBands, 2> others = mod.apply(weights, scores, kinds, origin, lane);
     const AFragments<kModBands, 1> w = as_a_operand<T>(weights), o = as_a_operand<T>(others);
     FA_UNROLL
     for (int j = 0; j < kModBands * 4; ++j) {
@@ -366,10 +389,11 @@ struct BwdCta {
         });
   }
 
-  // Adds this warp's part of dS K for `step` to dq_accum.
+  // Adds this warp's part of dS K for `step` to dq_accum; writes it, if this tile has all keys.
   FA_DEVICE void add_dq(BwdStep step, int stage) const {
     typename Shape::DqAccum acc;
     multiply_dq(acc, stage);
+    if constexpr (kKind == BwdKind::kCompleteDq) return store_dq(acc, step);
     const int64_t index = bwd_dq_tile_index(p, Shape::kTileM, tile.batch, tile.seq_q.first_row,
                                             step.m_block, step.head);
     int* turn = p.dq_semaphore == nullptr ? nullptr : p.dq_semaphore + index;
@@ -387,6 +411,25 @@ struct BwdCta {
       }
     }
     if (turn != nullptr) say_warp_is_done(turn, lane);
+  }
+
+  FA_DEVICE void store_dq(const typename Shape::DqAccum& acc, BwdStep step) const {
+    const RowCol part = Shape::dq_part(warp);
+    const int row = step.m_block * Shape::kTileM + part.row + lane / 4;
+    const int col = part.col + lane % 4 * 2;
+    const int num_rows = tile.seq_q.seqlen - row, num_cols = p.head_dim - col;
+    T* out = dq_of_head<T>(p, tile, step.head) + row * p.dq_strides.token + col;
+    FA_UNROLL
+    for (int r = 0; r < Shape::kDqRows / 8; ++r) {
+      FA_UNROLL
+      for (int n = 0; n < Shape::kDqCols / 8; ++n) {
+        const float* x = &acc.x[r / 2][n][r % 2 * 2];
+        if (8 * r < num_rows && 8 * n < num_cols)
+          ptx::st_global_u32(out + 8 * n,
+                             pack<T>(x[0] * p.score.softmax_scale, x[1] * p.score.softmax_scale));
+      }
+      out += 8 * p.dq_strides.token;
+    }
   }
 
   // Deterministic: tiles of keys add to a tile of queries in ascending order, each warp its part.
@@ -468,15 +511,34 @@ FA_DEVICE void clear_kept_gradients(const BwdParams& p, const BwdTile& tile, int
   clear(p.dv, p.dv_strides, p.head_dim_v);
 }
 
-template <class T, int kHeadDim, Arch kTiles, bool kScoreMod>
+// dQ = 0 for rows that store_dq() does not reach: of queries that see no key, and behind the
+// sequence.
+template <class T, class Shape>
+FA_DEVICE void clear_unseen_dq(const BwdParams& p, const BwdTile& tile) {
+  const int heads = p.num_heads_q / (p.num_heads_kv * p.head_splits);
+  const bool none = tile.blocks.size() == 0;
+  const int begin = none ? 0 : min(tile.blocks.begin * Shape::kTileM, tile.seq_q.seqlen);
+  const int end = none ? 0 : min(tile.blocks.end * Shape::kTileM, tile.seq_q.seqlen);
+  for (int i = 0; i < heads; ++i) {
+    T* head = dq_of_head<T>(p, tile, (tile.head_kv * p.head_splits + tile.split) * heads + i);
+    const auto clear = [&](Range rows) {
+      clear_rows<Shape::kThreads>(head, p.dq_strides.token, rows, p.head_dim, threadIdx.x);
+    };
+    clear({0, begin});
+    clear({end, tile.seq_q.stored});
+  }
+}
+
+template <class T, int kHeadDim, Arch kTiles, BwdKind kKind>
 __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads,
                                   BwdShape<kHeadDim, kTiles>::kCtasPerSm)
     bwd_kernel(const __grid_constant__ BwdParams p, TileGrid grid, int heads_per_group) {
-  using Cta = BwdCta<T, kHeadDim, kTiles, kScoreMod>;
+  using Cta = BwdCta<T, kHeadDim, kTiles, kKind>;
   using Shape = typename Cta::Shape;
   extern __shared__ __align__(1024) unsigned char smem[];
 
   const BwdTile tile = bwd_tile<Shape>(p, grid, heads_per_group);
+  if constexpr (kKind == BwdKind::kCompleteDq) clear_unseen_dq<T, Shape>(p, tile);
   const int num_steps = tile.blocks.size() * (p.num_heads_q / (p.num_heads_kv * p.head_splits));
   if (num_steps == 0) {
     // Every split of the tile comes here, so nobody waits for a turn; dk_accum is zero.
@@ -542,10 +604,10 @@ __global__ void __launch_bounds__(BwdShape<kHeadDim, kTiles>::kThreads,
 // 8, 16 and 32 MB are equal).
 constexpr int64_t kBwdL2GroupBytes = 16 << 20;
 
-template <class T, int kHeadDim, Arch kTiles, bool kScoreMod>
+template <class T, int kHeadDim, Arch kTiles, BwdKind kKind>
 int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream) {
   using Shape = BwdShape<kHeadDim, kTiles>;
-  constexpr auto kKernel = bwd_kernel<T, kHeadDim, kTiles, kScoreMod>;
+  constexpr auto kKernel = bwd_kernel<T, kHeadDim, kTiles, kKind>;
   const TileGrid grid{max(1, ceil_div(p.seqlens_k.max_seqlen, Shape::kTileN)),
                       p.num_heads_kv * p.head_splits, num_sequences};
   const int heads_per_cta = p.num_heads_q / (p.num_heads_kv * p.head_splits);
@@ -564,12 +626,19 @@ int launch_bwd_tiles(const BwdParams& p, cudaStream_t stream) {
   // Varlen tensors have the rest behind the last sequence as well.
   const int num_sequences =
       p.batch_size + (p.seqlens_q.cu_seqlens || p.seqlens_k.cu_seqlens ? 1 : 0);
-  const int error = has_score_mod(p.score)
-                        ? launch_bwd_kernel<T, kHeadDim, kTiles, true>(p, num_sequences, stream)
-                        : launch_bwd_kernel<T, kHeadDim, kTiles, false>(p, num_sequences, stream);
+  int error = cudaErrorInvalidValue;
+  if (p.dq_accum == nullptr) {
+    if constexpr (sm80_bwd_completes_dq(kTiles, kHeadDim))
+      error =
+          launch_bwd_kernel<T, kHeadDim, kTiles, BwdKind::kCompleteDq>(p, num_sequences, stream);
+  } else if (has_score_mod(p.score)) {
+    error = launch_bwd_kernel<T, kHeadDim, kTiles, BwdKind::kScoreMod>(p, num_sequences, stream);
+  } else {
+    error = launch_bwd_kernel<T, kHeadDim, kTiles, BwdKind::kPlain>(p, num_sequences, stream);
+  }
   if (error != cudaSuccess) return error;
   const int rounded = launch_round_gradients<T>(p, stream);
-  return rounded != cudaSuccess
+  return rounded != cudaSuccess || p.dq_accum == nullptr
              ? rounded
              : launch_bwd_postprocess<T, kHeadDim, kTiles>(p, num_sequences, stream);
 }

@@ -59,8 +59,9 @@ FA_DEVICE void modify_weights(const AccumTile<1, 2>& scores, const TransposedSco
                               TransposedOrigin origin, const BwdStatistic<2>& minus_lse, int lane,
                               uint32_t (&probs)[4], uint32_t (&passed)[4]) {
   AccumTile<1, 2> weights = scores;
-  to_weights(weights, mod.unit(), minus_lse);
-  const AccumTile<1, 2> others = mod.apply(weights, scores, origin, lane);
+  const ModKinds kinds = mod.kinds();
+  to_weights(weights, mod.unit(kinds), minus_lse);
+  const AccumTile<1, 2> others = mod.apply(weights, scores, kinds, origin, lane);
   const AFragments<1, 1> w = as_a_operand<T>(weights), o = as_a_operand<T>(others);
   FA_UNROLL
   for (int i = 0; i < 4; ++i) {
