@@ -239,7 +239,7 @@ struct FwdConsumer {
       if (softmax.any_far(launch.scale_log2)) {
         softmax.weigh_exactly(acc_s, launch.scale_log2);
       } else {
-        softmax.template weigh_spread<4>(acc_s, launch.scale_log2, launch.zero);
+        softmax.template weigh_spread<8>(acc_s, launch.scale_log2, launch.zero);
       }
     } else {
       softmax.weigh_far(acc_s, launch.scale_log2);
@@ -373,20 +373,23 @@ __global__ void __launch_bounds__(FwdLayout<T, kHeadDim, kHeadDimV, kWhich>::kTh
   }
 }
 
-// All heads of a group run one m_block, then the next; longest first, the last m_block begins. What
-// they read should stay in L2 meanwhile: on an H100 (50 MB) groups of 42 MB are 12 % slower than of
-// 21 MB at 512 keys. A few heads do no harm at any length, as enough CTAs read the same keys at the
-// same time, and too many that do slow each other down: on an H200 16 heads are 2 to 6 % faster
-// than 8 and 4 from 8k on.
+// Longest first: all heads of a group run their last m_block, then all the one before. What they
+// read should stay in L2 meanwhile: on an H100 (50 MB) groups of 42 MB are 12 % slower than of 21
+// MB at 512 keys. Some heads do no harm at any length, as enough CTAs read the same keys then, and
+// too many that do slow each other down: on an H200 16 heads are 2 to 6 % faster than 8 or 4 from
+// 8k on. Otherwise head by head, so that keys are read once.
 constexpr int64_t kL2GroupBytes = 38 << 20;
-constexpr int kMinGroupHeads = 16;  // longest first
-constexpr int kFullGroupHeads = 8;  // otherwise, where an m_block takes as long as any other
+constexpr int kMinGroupHeads = 16;
 
-inline int heads_of_group(const FwdParams& p, int tile_m, bool longest_first) {
-  if (!longest_first) return kFullGroupHeads;
+inline TileOrder fwd_tile_order(const FwdParams& p, TileGrid grid, int tile_m) {
+  if (p.score.window_right < 0) return TileOrder::of(grid, false, 1);
   const int64_t row_bytes = int64_t{2} * (p.head_dim + p.head_dim_v);  // of K and V, of Q and O
-  return max(kMinGroupHeads, l2_group_size((p.seqlens_k.max_seqlen + tile_m) * row_bytes,
-                                           p.num_heads_q / p.num_heads_kv, kL2GroupBytes));
+  const int64_t head_bytes = (p.seqlens_k.max_seqlen + tile_m) * row_bytes;
+  const int most =
+      max(kMinGroupHeads, l2_group_size(head_bytes, p.num_heads_q / p.num_heads_kv, kL2GroupBytes));
+  // Groups of one size: a small last one would end with its long tiles on few SMs.
+  const int pairs = grid.num_heads * grid.batch_size;
+  return TileOrder::of(grid, true, ceil_div(pairs, ceil_div(pairs, most)));
 }
 
 template <class T, int kHeadDim, int kHeadDimV, Sm90FwdTile kWhich>
@@ -420,10 +423,7 @@ int launch_fwd_kernel(const FwdParams& p, cudaStream_t stream) {
   if (num_tiles == 0 && !(varlen && p.total_q > 0)) return cudaSuccess;
 
   FwdLaunch launch;
-  if (!varlen) {
-    const bool longest_first = p.score.window_right >= 0;
-    launch.order = TileOrder::of(grid, longest_first, heads_of_group(p, kTileM, longest_first));
-  }
+  if (!varlen) launch.order = fwd_tile_order(p, grid, kTileM);
   launch.num_heads = FastDiv(p.num_heads_q);
   launch.group_size = FastDiv(p.num_heads_q / p.num_heads_kv);
   launch.num_tiles = static_cast<int>(num_tiles);
