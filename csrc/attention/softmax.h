@@ -95,10 +95,8 @@ struct OnlineSoftmax {
   // follow() for the others, then weigh_far().
   template <int kN>
   FA_DEVICE void start(const AccumTile<kM, kN>& acc_s, float scale_log2) {
-    float tile_max[kRows], factor[kRows];  // of an empty acc_o
-    FA_UNROLL
-    for (int r = 0; r < kRows; ++r) tile_max[r] = maximum(acc_s, r);
-    move_reference(tile_max, factor, scale_log2, RowsOfWarp{});
+    float factor[kRows];  // of an empty acc_o
+    move_to(acc_s, scale_log2, factor);
   }
 
   // True, for the whole warp, if the reference moves: acc_o is to be multiplied by `factor` before
@@ -111,20 +109,11 @@ struct OnlineSoftmax {
     bool moves = false;
     FA_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      int high = __float_as_int(acc_s.x[r / 2][0][r % 2 * 2]);
-      FA_UNROLL
-      for (int n = 0; n < kN; ++n) {
-        high = max(max(high, __float_as_int(acc_s.x[r / 2][n][r % 2 * 2])),
-                   __float_as_int(acc_s.x[r / 2][n][r % 2 * 2 + 1]));
-      }
       const float limit = row_max[r] + threshold;
-      moves |= __int_as_float(high) > limit || limit < 0.f;
+      moves |= __int_as_float(maximum_as_int(acc_s, r)) > limit || limit < 0.f;
     }
     if (!__any_sync(0xffffffffu, moves)) return false;
-    float tile_max[kRows];
-    FA_UNROLL
-    for (int r = 0; r < kRows; ++r) tile_max[r] = maximum(acc_s, r);
-    move_reference(tile_max, factor, scale_log2, RowsOfWarp{});
+    move_to(acc_s, scale_log2, factor);
     return true;
   }
 
@@ -146,55 +135,12 @@ struct OnlineSoftmax {
     }
   }
 
-  // weigh() in chunks of kChunk columns: the arguments of a chunk wait for a weight of the one
-  // before, its sums for one of the next, through products with `zero`, which is 0 and not known to
-  // the compiler. It puts all arguments first otherwise, where they compete with the exponentials
-  // of other warps. Each row waits for weights of its own, so that a NaN stays in its row.
-  template <int kChunk, int kN>
-  FA_DEVICE void weigh_spread(AccumTile<kM, kN>& acc_s, float scale_log2, float zero) {
-    static_assert(kN % kChunk == 0);
-    FA_UNROLL
-    for (int n = 0; n < kN + kChunk; ++n) {
-      FA_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        auto& x = acc_s.x[r / 2];
-        const int first = n / kChunk * kChunk, i = r % 2 * 2;
-        if (n < kN) {
-          const float scale = first > 0 ? fmaf(x[first - kChunk][i], zero, scale_log2) : scale_log2;
-          const float offset = -finite_max(row_max[r]) * scale_log2;
-          x[n][i] = ptx::ex2_approx_ftz(fmaf(x[n][i], scale, offset));
-          x[n][i + 1] = ptx::ex2_approx_ftz(fmaf(x[n][i + 1], scale, offset));
-        }
-        if (n >= kChunk) {
-          const float one = n < kN ? fmaf(x[first][i], zero, 1.f) : 1.f;
-          row_sum[r] = fmaf(x[n - kChunk][i], one, row_sum[r]);
-          row_sum[r] = fmaf(x[n - kChunk][i + 1], one, row_sum[r]);
-        }
-      }
-    }
-  }
-
-  // Whether one key may dominate a row at so great a distance from 0 that weigh() does not give it
-  // the weight 1: the difference of two products is off by up to half an ulp of them. fp16 only.
-  FA_DEVICE bool any_far(float scale_log2) const {
-    if constexpr (std::is_same_v<T, __half>) {
-      constexpr float kFar = 4096.f;  // half an ulp below: 2^-13, a quarter of fp16's next to 1
-      bool far = false;
-      FA_UNROLL
-      for (const float high : row_max) far |= fabsf(finite_max(high) * scale_log2) >= kFar;
-      return __any_sync(0xffffffffu, far);
-    }
-    return false;
-  }
-
-  // weigh() for any distance.
+  // weigh() for a row that one key may dominate at any distance from 0. Its weight has to be
+  // exactly 1 in fp16, where the difference of two products is off by up to half an ulp of them.
   template <int kN>
   FA_DEVICE void weigh_far(AccumTile<kM, kN>& acc_s, float scale_log2) {
-    if (any_far(scale_log2)) {
-      weigh_exactly(acc_s, scale_log2);
-    } else {
-      weigh(acc_s, scale_log2);
-    }
+    if (any_far(scale_log2)) return weigh_exactly(acc_s, scale_log2);
+    weigh(acc_s, scale_log2);
   }
 
   template <int kD>
@@ -227,6 +173,42 @@ struct OnlineSoftmax {
                : (finite_max(row_max[row]) * scale_log2 + ptx::lg2_approx_ftz(row_sum[row])) * kLn2;
   }
 
+ protected:
+  FA_DEVICE bool any_far(float scale_log2) const {
+    if constexpr (std::is_same_v<T, __half>) {
+      constexpr float kFar = 4096.f;  // half an ulp below: 2^-13, a quarter of fp16's next to 1
+      bool far = false;
+      FA_UNROLL
+      for (const float high : row_max) far |= fabsf(finite_max(high) * scale_log2) >= kFar;
+      return __any_sync(0xffffffffu, far);
+    }
+    return false;
+  }
+
+  // The largest score of a row in this lane's columns.
+  template <int kN>
+  static FA_DEVICE float maximum(const AccumTile<kM, kN>& acc_s, int row) {
+    float high = acc_s.x[row / 2][0][row % 2 * 2];
+    FA_UNROLL
+    for (int n = 0; n < kN; ++n) {
+      const float* x = &acc_s.x[row / 2][n][row % 2 * 2];
+      high = fmaxf(high, fmaxf(x[0], x[1]));
+    }
+    return high;
+  }
+
+  // The same of scores read as integers: two take one instruction.
+  template <int kN>
+  static FA_DEVICE int maximum_as_int(const AccumTile<kM, kN>& acc_s, int row) {
+    int high = __float_as_int(acc_s.x[row / 2][0][row % 2 * 2]);
+    FA_UNROLL
+    for (int n = 0; n < kN; ++n) {
+      const float* x = &acc_s.x[row / 2][n][row % 2 * 2];
+      high = max(max(high, __float_as_int(x[0])), __float_as_int(x[1]));
+    }
+    return high;
+  }
+
   // weigh() that subtracts before it scales.
   template <int kN>
   FA_DEVICE void weigh_exactly(AccumTile<kM, kN>& acc_s, float scale_log2) {
@@ -245,17 +227,13 @@ struct OnlineSoftmax {
     }
   }
 
- private:
-  // The largest score of a row in this lane's columns.
+  // Moves the reference to the largest score of acc_s where that is above it.
   template <int kN>
-  static FA_DEVICE float maximum(const AccumTile<kM, kN>& acc_s, int row) {
-    float high = acc_s.x[row / 2][0][row % 2 * 2];
+  FA_DEVICE void move_to(const AccumTile<kM, kN>& acc_s, float scale_log2, float (&factor)[kRows]) {
+    float tile_max[kRows];
     FA_UNROLL
-    for (int n = 0; n < kN; ++n) {
-      const float* x = &acc_s.x[row / 2][n][row % 2 * 2];
-      high = fmaxf(high, fmaxf(x[0], x[1]));
-    }
-    return high;
+    for (int r = 0; r < kRows; ++r) tile_max[r] = maximum(acc_s, r);
+    move_reference(tile_max, factor, scale_log2, RowsOfWarp{});
   }
 
   // The new reference, row_sum relative to it, and what acc_o is to be multiplied by.

@@ -9,7 +9,8 @@
 // [tile_n, head_dim] and of smem_v [tile_n, head_dim_v], all in slabs of 64 columns with 128-byte
 // swizzle (SwizzledTile).
 // Barriers: a Pipeline each for K, V, Q and the tiles themselves. Three consumer warpgroups issue
-// S = Q K^T in turns, so that the products of one run while the others compute weights.
+// S = Q K^T in turns beyond head_dim 64, so that the products of one run while the others compute
+// weights.
 // Softcap, ALiBi and dropout: a kernel and a tile of their own (Sm90FwdTile).
 // Rows past the end of a sequence may hold anything, also NaN: K's are masked, V's are overwritten
 // with zeros in shared memory, Q's lead to rows that are not stored.
@@ -19,7 +20,7 @@
 #include <cuda_runtime.h>
 
 #include "attention/apply_mask.h"
-#include "attention/softmax.h"
+#include "attention/steady_softmax.h"
 #include "core/lse_rows.h"
 #include "kernels/launch.h"
 #include "kernels/sm90/fwd_layout.h"
@@ -47,7 +48,8 @@ struct FwdConsumer {
   using Scores = AccumTile<1, kN>;
   using Weights = AFragments<1, kN / 2>;
   using Output = AccumTile<1, kD>;
-  using Softmax = OnlineSoftmax<T, 1>;
+  using Softmax =
+      std::conditional_t<Layout::kKeepsReference, SteadySoftmax<T, 1>, OnlineSoftmax<T, 1>>;
 
   const FwdParams& p;
   const FwdLaunch& launch;
@@ -161,7 +163,11 @@ struct FwdConsumer {
     release(k);
     k.advance();
     modify_scores(acc_s, work, blocks, n_block);
-    softmax.start(acc_s, launch.scale_log2);
+    if constexpr (Layout::kKeepsReference) {
+      softmax.start(acc_s, launch.scale_log2, launch.threshold);
+    } else {
+      softmax.start(acc_s, launch.scale_log2);
+    }
     softmax.weigh_far(acc_s, launch.scale_log2);
     drop(acc_s, work, n_block);
     weights = as_a_operand<T>(acc_s);
@@ -236,11 +242,7 @@ struct FwdConsumer {
   }
   FA_DEVICE void weigh(Scores& acc_s, Softmax& softmax) const {
     if constexpr (Layout::kSpreadsWeights) {
-      if (softmax.any_far(launch.scale_log2)) {
-        softmax.weigh_exactly(acc_s, launch.scale_log2);
-      } else {
-        softmax.template weigh_spread<8>(acc_s, launch.scale_log2, launch.zero);
-      }
+      softmax.template weigh_spread<8>(acc_s, launch.scale_log2, launch.zero);
     } else {
       softmax.weigh_far(acc_s, launch.scale_log2);
     }
