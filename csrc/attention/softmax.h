@@ -95,10 +95,8 @@ struct OnlineSoftmax {
   // follow() for the others, then weigh_far().
   template <int kN>
   FA_DEVICE void start(const AccumTile<kM, kN>& acc_s, float scale_log2) {
-    float tile_max[kRows], factor[kRows];  // of an empty acc_o
-    FA_UNROLL
-    for (int r = 0; r < kRows; ++r) tile_max[r] = maximum(acc_s, r);
-    move_reference(tile_max, factor, scale_log2, RowsOfWarp{});
+    float factor[kRows];  // of an empty acc_o
+    move_to(acc_s, scale_log2, factor);
   }
 
   // True, for the whole warp, if the reference moves: acc_o is to be multiplied by `factor` before
@@ -111,20 +109,11 @@ struct OnlineSoftmax {
     bool moves = false;
     FA_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      int high = __float_as_int(acc_s.x[r / 2][0][r % 2 * 2]);
-      FA_UNROLL
-      for (int n = 0; n < kN; ++n) {
-        high = max(max(high, __float_as_int(acc_s.x[r / 2][n][r % 2 * 2])),
-                   __float_as_int(acc_s.x[r / 2][n][r % 2 * 2 + 1]));
-      }
       const float limit = row_max[r] + threshold;
-      moves |= __int_as_float(high) > limit || limit < 0.f;
+      moves |= __int_as_float(maximum_as_int(acc_s, r)) > limit || limit < 0.f;
     }
     if (!__any_sync(0xffffffffu, moves)) return false;
-    float tile_max[kRows];
-    FA_UNROLL
-    for (int r = 0; r < kRows; ++r) tile_max[r] = maximum(acc_s, r);
-    move_reference(tile_max, factor, scale_log2, RowsOfWarp{});
+    move_to(acc_s, scale_log2, factor);
     return true;
   }
 
@@ -150,13 +139,7 @@ struct OnlineSoftmax {
   // exactly 1 in fp16, where the difference of two products is off by up to half an ulp of them.
   template <int kN>
   FA_DEVICE void weigh_far(AccumTile<kM, kN>& acc_s, float scale_log2) {
-    if constexpr (std::is_same_v<T, __half>) {
-      constexpr float kFar = 4096.f;  // half an ulp below: 2^-13, a quarter of fp16's next to 1
-      bool far = false;
-      FA_UNROLL
-      for (const float high : row_max) far |= fabsf(finite_max(high) * scale_log2) >= kFar;
-      if (__any_sync(0xffffffffu, far)) return weigh_exactly(acc_s, scale_log2);
-    }
+    if (any_far(scale_log2)) return weigh_exactly(acc_s, scale_log2);
     weigh(acc_s, scale_log2);
   }
 
@@ -190,7 +173,18 @@ struct OnlineSoftmax {
                : (finite_max(row_max[row]) * scale_log2 + ptx::lg2_approx_ftz(row_sum[row])) * kLn2;
   }
 
- private:
+ protected:
+  FA_DEVICE bool any_far(float scale_log2) const {
+    if constexpr (std::is_same_v<T, __half>) {
+      constexpr float kFar = 4096.f;  // half an ulp below: 2^-13, a quarter of fp16's next to 1
+      bool far = false;
+      FA_UNROLL
+      for (const float high : row_max) far |= fabsf(finite_max(high) * scale_log2) >= kFar;
+      return __any_sync(0xffffffffu, far);
+    }
+    return false;
+  }
+
   // The largest score of a row in this lane's columns.
   template <int kN>
   static FA_DEVICE float maximum(const AccumTile<kM, kN>& acc_s, int row) {
@@ -199,6 +193,18 @@ struct OnlineSoftmax {
     for (int n = 0; n < kN; ++n) {
       const float* x = &acc_s.x[row / 2][n][row % 2 * 2];
       high = fmaxf(high, fmaxf(x[0], x[1]));
+    }
+    return high;
+  }
+
+  // The same of scores read as integers: two take one instruction.
+  template <int kN>
+  static FA_DEVICE int maximum_as_int(const AccumTile<kM, kN>& acc_s, int row) {
+    int high = __float_as_int(acc_s.x[row / 2][0][row % 2 * 2]);
+    FA_UNROLL
+    for (int n = 0; n < kN; ++n) {
+      const float* x = &acc_s.x[row / 2][n][row % 2 * 2];
+      high = max(max(high, __float_as_int(x[0])), __float_as_int(x[1]));
     }
     return high;
   }
@@ -219,6 +225,15 @@ struct OnlineSoftmax {
         }
       }
     }
+  }
+
+  // Moves the reference to the largest score of acc_s where that is above it.
+  template <int kN>
+  FA_DEVICE void move_to(const AccumTile<kM, kN>& acc_s, float scale_log2, float (&factor)[kRows]) {
+    float tile_max[kRows];
+    FA_UNROLL
+    for (int r = 0; r < kRows; ++r) tile_max[r] = maximum(acc_s, r);
+    move_reference(tile_max, factor, scale_log2, RowsOfWarp{});
   }
 
   // The new reference, row_sum relative to it, and what acc_o is to be multiplied by.

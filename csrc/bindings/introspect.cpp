@@ -300,7 +300,7 @@ void define_tiles(py::module_& m) {
   m.def("sm90_fwd_tile_config", [=](int head_dim, int head_dim_v, const std::string& which) {
     const BuiltHeadDims built = sm90_fwd_built_head_dims(head_dim, head_dim_v);
     const FwdTileConfig tile =
-        sm90_fwd_tile_config(built, which == "tall"   ? Sm90FwdTile::kTall
+        sm90_fwd_tile_config(built, which == "long"   ? Sm90FwdTile::kLong
                                     : which == "fine" ? Sm90FwdTile::kFine
                                                       : Sm90FwdTile::kScoreMod);
     return fwd_tile_dict(Arch::kSm90, tile, sm90_fwd_smem_bytes(tile, built), built.head_dim_v);

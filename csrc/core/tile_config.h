@@ -54,31 +54,34 @@ FA_HD constexpr BuiltHeadDims sm90_fwd_built_head_dims(int head_dim, int head_di
 
 // Which of SM90's tiles of a head_dim.
 enum class Sm90FwdTile : int {
-  kTall,     // every key is read for as many rows as possible: full attention that fills the GPU
-  kFine,     // wastes less on a border and on a GPU that is not full; may be the same as kTall
+  kLong,     // many keys for every row: three consumer warpgroups
+  kFine,     // begins and ends faster, wastes less on a border; may be the same as kLong
   kScoreMod  // softcap, ALiBi, dropout: tile_n is a multiple of 32, which share a call of Philox
 };
 
 // Every consumer warpgroup owns 64 rows; P stays in registers. Shared memory holds columns in slabs
 // of 64, so 96 take the place of 128.
 FA_HD constexpr FwdTileConfig sm90_fwd_tile_config(BuiltHeadDims built, Sm90FwdTile which) {
-  const bool tall = which == Sm90FwdTile::kTall, score_mod = which == Sm90FwdTile::kScoreMod;
+  const bool is_long = which == Sm90FwdTile::kLong, score_mod = which == Sm90FwdTile::kScoreMod;
   // clang-format off
   switch (built.head_dim) {
-    // Four warpgroups hide the exponentials, which take as long as the products here. tile_n 80
-    // does not compile without serialised wgmma at the 112 registers they get, nor does a ScoreMod.
-    // Two Q stages (128 KB) are 1 to 4 % faster than one.
+    // More than two warpgroups hide the exponentials, which take as long as the products here.
+    // kLong: twice the keys a step, for which barriers and descriptors cost the same (145 KB).
+    // kFine: tile_n 80 does not compile without serialised wgmma at the 112 registers of four
+    // warpgroups, nor does a ScoreMod. Two Q stages (128 KB) are 1 to 4 % faster than one.
     case 64:
       if (score_mod) return {128, 128, 2, 2, 8, false};
+      if (is_long) return {192, 128, 3, 2, 12, false};
       return {256, 64, 4, 2, 16, false};
     case 96:
-      if (tall) return {192, 96, 3, 1, 12, false};
+      if (is_long) return {192, 96, 3, 1, 12, false};
       return {128, 128, 2, 2, 8, false};
-    // Three warpgroups read each key once for 192 rows; tile_n 96 serialises at 160 registers; the
-    // third stage fits (168 KB); a second Q stage is 2 to 3 % slower from 8k on. kFine: 128 wide so
-    // that the diagonal wastes little, two Q stages so that the next tile starts early (192 KB).
+    // kLong: three warpgroups read each key once for 192 rows, which is a third less traffic with
+    // L2; tile_n 96 serialises at 160 registers; the third stage fits (168 KB); a second Q stage is
+    // 2 to 3 % slower from 8k on. kFine: 128 wide so that the diagonal wastes little, two Q stages
+    // so that the next tile starts early (192 KB).
     case 128:
-      if (tall) return {192, 80, 3, 1, 12, false};
+      if (is_long) return {192, 80, 3, 1, 12, false};
       return {128, 128, 2, 2, 8, false};
     case 192:
       if (built.head_dim_v == 128)
@@ -380,7 +383,7 @@ static_assert(all_configs_fit(Arch::kSm90, MaskKind::kFull));
 static_assert(all_configs_fit(Arch::kSm90, MaskKind::kBordered));
 static_assert(2 * (fwd_smem_bytes(sm80_fwd_tile_config(Arch::kSm90, 256), 256, 256) + 2048) <=
               max_smem_bytes(Arch::kSm90));  // two CTAs, 1 KB of static memory and 1 KB of CUDA's
-static_assert(sm90_fwd_configs_fit(Sm90FwdTile::kTall) &&
+static_assert(sm90_fwd_configs_fit(Sm90FwdTile::kLong) &&
               sm90_fwd_configs_fit(Sm90FwdTile::kFine) &&
               sm90_fwd_configs_fit(Sm90FwdTile::kScoreMod));
 static_assert(warpgroup_registers_fit(1) && warpgroup_registers_fit(2) &&

@@ -47,22 +47,32 @@ int64_t cost_of_tiles(const Problem& p, const DeviceFacts& device, int tile_m, i
   return ceil_div<int64_t>(tiles, max(device.num_sms, 1)) * tile_m * percent;
 }
 
-// The tile of SM90's forward. Measured on an H100: tall tiles are 4 % faster at head_dim 128 and 12
-// to 15 % at 96 if all SMs have work to the end, and a causal border costs them that again at 128.
-// On an H200: fine ones are 10 % (512 keys) and 5 % (1024) faster, as their second stage of Q hides
-// where a tile begins and ends.
+// From how many keys on SM90's long tile is faster, and by how many percent if all SMs have work to
+// the end. H200 (96: H100), docs/performance/sm90_forward.md.
+struct LongTileGain {
+  int more_keys_than, percent;
+};
+LongTileGain long_tile_gain(int built_head_dim, bool causal) {
+  switch (built_head_dim) {
+    case 64: return {causal ? 4096 : 1024, 8};
+    case 96: return {1024, 12};
+    default: return {causal ? 2048 : 1024, 6};
+  }
+}
+
+// The tile of SM90's forward.
 Sm90FwdTile sm90_fwd_tile(const Problem& p, const DeviceFacts& device, BuiltHeadDims built) {
   if (has_score_mod(p)) return Sm90FwdTile::kScoreMod;
-  const FwdTileConfig tall = sm90_fwd_tile_config(built, Sm90FwdTile::kTall);
+  const FwdTileConfig long_tile = sm90_fwd_tile_config(built, Sm90FwdTile::kLong);
   const FwdTileConfig fine = sm90_fwd_tile_config(built, Sm90FwdTile::kFine);
   const bool bordered = mask_kind(p.window_left, p.window_right) == MaskKind::kBordered;
   const bool causal = p.window_left < 0 && p.window_right >= 0;
-  const bool hdim96 = built.head_dim == 96, few_keys = p.seqlen_k <= 1024;
-  if (same_tile(tall, fine) || few_keys || (bordered && !(hdim96 && causal)))
+  const LongTileGain gain = long_tile_gain(built.head_dim, causal);
+  if (same_tile(long_tile, fine) || p.seqlen_k <= gain.more_keys_than || (bordered && !causal))
     return Sm90FwdTile::kFine;
-  return cost_of_tiles(p, device, tall.tile_m, 100) <=
-                 cost_of_tiles(p, device, fine.tile_m, hdim96 ? 112 : 104)
-             ? Sm90FwdTile::kTall
+  return cost_of_tiles(p, device, long_tile.tile_m, 100) <=
+                 cost_of_tiles(p, device, fine.tile_m, 100 + gain.percent)
+             ? Sm90FwdTile::kLong
              : Sm90FwdTile::kFine;
 }
 

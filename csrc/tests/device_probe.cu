@@ -67,7 +67,7 @@ __global__ void probe_softmax(float* x, float softmax_scale) {
 
 template <Arch kArch, int kHeadDim>
 constexpr FwdTileConfig kFwdTile =
-    kArch == Arch::kSm90 ? sm90_fwd_tile_config({kHeadDim, kHeadDim}, Sm90FwdTile::kTall)
+    kArch == Arch::kSm90 ? sm90_fwd_tile_config({kHeadDim, kHeadDim}, Sm90FwdTile::kLong)
                          : fwd_tile_config(kArch, kHeadDim);
 
 template <Arch kArch, int kHeadDim>

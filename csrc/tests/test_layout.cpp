@@ -178,7 +178,7 @@ void test_tile_configs() {
         const bool sm90 = arch == Arch::kSm90;
         const FwdTileConfig f =
             sm90 ? sm90_fwd_tile_config({head_dim, head_dim}, mask == MaskKind::kFull
-                                                                  ? Sm90FwdTile::kTall
+                                                                  ? Sm90FwdTile::kLong
                                                                   : Sm90FwdTile::kFine)
                  : fwd_tile_config(arch, head_dim);
         const int fwd_smem = sm90 ? sm90_fwd_smem_bytes(f, {head_dim, head_dim})
@@ -203,7 +203,7 @@ void test_tile_configs() {
               arch_name(arch), head_dim, b.tile_n);
       }
   // The measured choices.
-  const FwdTileConfig full = sm90_fwd_tile_config({128, 128}, Sm90FwdTile::kTall);
+  const FwdTileConfig full = sm90_fwd_tile_config({128, 128}, Sm90FwdTile::kLong);
   CHECK(full.tile_m == 192 && full.tile_n == 80 && full.num_stages == 3, "sm90 d 128 full");
   const FwdTileConfig causal = sm90_fwd_tile_config({128, 128}, Sm90FwdTile::kFine);
   CHECK(causal.tile_m == 128 && causal.tile_n == 128 && causal.num_q_stages == 2, "sm90 causal");

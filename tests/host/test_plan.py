@@ -231,7 +231,7 @@ def test_sm90_fwd(introspect: ModuleType, device: str, head_dim: int) -> None:
         plan = introspect.make_plan(fields, device, ALL)
         assert plan["kernel"] == f"sm90_fwd_hdim{head_dim}_bf16"
         assert (plan["library"], plan["tiles"], plan["reasons"]) == ("_sm90", "sm90", [])
-        which = ["score_mod"] if options in SCORE_MODS else ["tall", "fine"]
+        which = ["score_mod"] if options in SCORE_MODS else ["long", "fine"]
         tiles = [introspect.sm90_fwd_tile_config(head_dim, head_dim, w) for w in which]
         (tile,) = [t for t in tiles if plan["tile"] == (t["tile_m"], t["tile_n"])][:1]
         assert plan["num_threads"] == tile["num_threads"]
@@ -245,12 +245,17 @@ def test_sm90_fwd(introspect: ModuleType, device: str, head_dim: int) -> None:
 @pytest.mark.parametrize(
     ("head_dim", "batch_size", "seqlen", "options", "expected"),
     [
-        (128, 8, 2048, {}, "tall"),
+        (64, 8, 2048, {}, "long"),
+        (64, 32, 512, {}, "fine"),
+        (64, 1, 16384, {"window_right": 0}, "long"),
+        (64, 4, 4096, {"window_right": 0}, "fine"),
+        (128, 8, 2048, {}, "long"),
         (128, 32, 512, {}, "fine"),  # 192 rows leave a quarter of a tile empty
-        (128, 1, 8192, {"num_heads_q": 2}, "fine"),  # 86 tall tiles for 132 SMs
+        (128, 1, 8192, {"num_heads_q": 2}, "fine"),  # 86 long tiles for 132 SMs
         (128, 8, 2048, {"window_right": 0}, "fine"),
+        (128, 4, 4096, {"window_right": 0}, "long"),
         (128, 8, 2048, {"window_left": 256}, "fine"),
-        (96, 8, 2048, {"window_right": 0}, "tall"),
+        (96, 8, 2048, {"window_right": 0}, "long"),
         (96, 8, 2048, {"window_right": 0, "window_left": 256}, "fine"),
         (96, 32, 512, {"window_right": 0}, "fine"),
     ],
@@ -263,7 +268,7 @@ def test_sm90_fwd_tile(
     options: dict[str, int],
     expected: str,
 ) -> None:
-    """Tall tiles read fewer keys; fine ones waste less on borders and where few tiles are left."""
+    """Long tiles are faster for many keys; fine ones on short borders and where few are left."""
     sizes = {"head_dim": head_dim, "head_dim_v": head_dim, "batch_size": batch_size}
     heads = {"num_heads_q": 16, "num_heads_kv": 1}
     lengths = {"seqlen_q": seqlen, "seqlen_k": seqlen}

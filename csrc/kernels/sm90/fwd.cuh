@@ -9,7 +9,8 @@
 // [tile_n, head_dim] and of smem_v [tile_n, head_dim_v], all in slabs of 64 columns with 128-byte
 // swizzle (SwizzledTile).
 // Barriers: a Pipeline each for K, V, Q and the tiles themselves. Three consumer warpgroups issue
-// S = Q K^T in turns, so that the products of one run while the others compute weights.
+// S = Q K^T in turns beyond head_dim 64, so that the products of one run while the others compute
+// weights.
 // Softcap, ALiBi and dropout: a kernel and a tile of their own (Sm90FwdTile).
 // Rows past the end of a sequence may hold anything, also NaN: K's are masked, V's are overwritten
 // with zeros in shared memory, Q's lead to rows that are not stored.
@@ -19,7 +20,7 @@
 #include <cuda_runtime.h>
 
 #include "attention/apply_mask.h"
-#include "attention/softmax.h"
+#include "attention/steady_softmax.h"
 #include "core/lse_rows.h"
 #include "kernels/launch.h"
 #include "kernels/sm90/fwd_layout.h"
@@ -47,7 +48,8 @@ struct FwdConsumer {
   using Scores = AccumTile<1, kN>;
   using Weights = AFragments<1, kN / 2>;
   using Output = AccumTile<1, kD>;
-  using Softmax = OnlineSoftmax<T, 1>;
+  using Softmax =
+      std::conditional_t<Layout::kKeepsReference, SteadySoftmax<T, 1>, OnlineSoftmax<T, 1>>;
 
   const FwdParams& p;
   const FwdLaunch& launch;
@@ -96,7 +98,7 @@ struct FwdConsumer {
     q.wait_full();
     if (blocks.size() > 0) {
       const int lower = blocks.begin - work.blocks.begin, upper = work.blocks.end - blocks.end;
-      skip(Layout::kAscending ? lower : upper);
+      skip(Layout::kAscending ? lower : upper, true);
       Weights weights;
       int n_block = Layout::first_block(blocks);
       first_step(weights, softmax, work, blocks, n_block);
@@ -114,9 +116,12 @@ struct FwdConsumer {
       ptx::wgmma_fence_operand(acc_o.x[0]);
       release(v);
       v.advance();
-      skip(Layout::kAscending ? upper : lower);
+      skip(Layout::kAscending ? upper : lower, true);
     } else {
-      skip(work.blocks.size());
+      if (work.blocks.size() > 0) {
+        skip(1, false);
+        skip(work.blocks.size() - 1, true);
+      }
       if (Layout::kStoresByTma) {
         release_output_stage();
       } else {
@@ -128,10 +133,15 @@ struct FwdConsumer {
     q.advance();
   }
 
-  // Releases blocks that only other warpgroups need.
-  FA_DEVICE void skip(int num_blocks) {
+  // Releases blocks that only other warpgroups need. Every warpgroup has a turn for all blocks of a
+  // tile but one: it computes the first of its own without.
+  FA_DEVICE void skip(int num_blocks, bool with_turns) {
 #pragma unroll 1
     for (; num_blocks > 0; --num_blocks) {
+      if (Layout::kTakesTurns && with_turns) {
+        wait_for_turn();
+        pass_turn_to((warpgroup + 1) % Layout::kConsumers);
+      }
       k.wait_full();
       release(k);
       k.advance();
@@ -153,7 +163,11 @@ struct FwdConsumer {
     release(k);
     k.advance();
     modify_scores(acc_s, work, blocks, n_block);
-    softmax.start(acc_s, launch.scale_log2);
+    if constexpr (Layout::kKeepsReference) {
+      softmax.start(acc_s, launch.scale_log2, launch.threshold);
+    } else {
+      softmax.start(acc_s, launch.scale_log2);
+    }
     softmax.weigh_far(acc_s, launch.scale_log2);
     drop(acc_s, work, n_block);
     weights = as_a_operand<T>(acc_s);
@@ -165,7 +179,7 @@ struct FwdConsumer {
                       const BlockRange& blocks, int n_block) {
     Scores acc_s;
     k.wait_full();
-    if (Layout::kTakesTurns) ptx::bar_sync(kFirstTurnBarrier + warpgroup, 2 * kWarpgroupSize);
+    if (Layout::kTakesTurns) wait_for_turn();
     issue_qk(acc_s);
     if (Layout::kTakesTurns) pass_turn_to((warpgroup + 1) % Layout::kConsumers);
     v.wait_full();
@@ -177,7 +191,7 @@ struct FwdConsumer {
     modify_scores(acc_s, work, blocks, n_block);
     float factor[Softmax::kRows];
     const bool moved = softmax.follow(acc_s, launch.scale_log2, launch.threshold, factor);
-    softmax.weigh_far(acc_s, launch.scale_log2);
+    weigh(acc_s, softmax);
     drop(acc_s, work, n_block);
     ptx::wgmma_wait_group<0>();  // O is complete, V and the weights read
     ptx::wgmma_fence_operand(acc_o.x[0]);
@@ -201,6 +215,9 @@ struct FwdConsumer {
     ptx::wgmma_commit_group();
   }
   // Barrier of the warpgroup whose turn it is: it waits there, the one before arrives.
+  FA_DEVICE void wait_for_turn() const {
+    ptx::bar_sync(kFirstTurnBarrier + warpgroup, 2 * kWarpgroupSize);
+  }
   FA_DEVICE void pass_turn_to(int consumer) const {
     ptx::bar_arrive(kFirstTurnBarrier + consumer, 2 * kWarpgroupSize);
   }
@@ -222,6 +239,13 @@ struct FwdConsumer {
     if constexpr (Layout::kScoreMod) work.mod.score(acc_s, origin(work, n_block), lane);
     if (n_block >= blocks.full_end || n_block < blocks.full_begin)
       apply_mask(acc_s, work.mask, origin(work, n_block), lane);
+  }
+  FA_DEVICE void weigh(Scores& acc_s, Softmax& softmax) const {
+    if constexpr (Layout::kSpreadsWeights) {
+      softmax.template weigh_spread<8>(acc_s, launch.scale_log2, launch.zero);
+    } else {
+      softmax.weigh_far(acc_s, launch.scale_log2);
+    }
   }
   // Weights that dropout drops become 0. Their sum, and so the LSE, has them already.
   FA_DEVICE void drop(Scores& acc_p, const Work& work, int n_block) const {
@@ -351,10 +375,24 @@ __global__ void __launch_bounds__(FwdLayout<T, kHeadDim, kHeadDimV, kWhich>::kTh
   }
 }
 
-// Longest first, all heads of a group run their last tile, then all the one before: what they read
-// should stay in L2 meanwhile. H100 (50 MB), 16 heads, causal: groups of 33 MB are 2 to 3 % faster
-// than of 16 MB at 8k and 16k, of 42 MB 12 % slower than of 21 MB at 512.
+// Longest first: all heads of a group run their last m_block, then all the one before. What they
+// read should stay in L2 meanwhile: on an H100 (50 MB) groups of 42 MB are 12 % slower than of 21
+// MB at 512 keys. Some heads do no harm at any length, as enough CTAs read the same keys then, and
+// too many that do slow each other down: on an H200 16 heads are 2 to 6 % faster than 8 or 4 from
+// 8k on. Otherwise head by head, so that keys are read once.
 constexpr int64_t kL2GroupBytes = 38 << 20;
+constexpr int kMinGroupHeads = 16;
+
+inline TileOrder fwd_tile_order(const FwdParams& p, TileGrid grid, int tile_m) {
+  if (p.score.window_right < 0) return TileOrder::of(grid, false, 1);
+  const int64_t row_bytes = int64_t{2} * (p.head_dim + p.head_dim_v);  // of K and V, of Q and O
+  const int64_t head_bytes = (p.seqlens_k.max_seqlen + tile_m) * row_bytes;
+  const int most =
+      max(kMinGroupHeads, l2_group_size(head_bytes, p.num_heads_q / p.num_heads_kv, kL2GroupBytes));
+  // Groups of one size: a small last one would end with its long tiles on few SMs.
+  const int pairs = grid.num_heads * grid.batch_size;
+  return TileOrder::of(grid, true, ceil_div(pairs, ceil_div(pairs, most)));
+}
 
 template <class T, int kHeadDim, int kHeadDimV, Sm90FwdTile kWhich>
 cudaError_t encode_tensor_maps(const FwdParams& p, FwdLaunch& launch) {
@@ -387,20 +425,13 @@ int launch_fwd_kernel(const FwdParams& p, cudaStream_t stream) {
   if (num_tiles == 0 && !(varlen && p.total_q > 0)) return cudaSuccess;
 
   FwdLaunch launch;
-  const int heads_per_kv = p.num_heads_q / p.num_heads_kv;
-  if (!varlen) {
-    const int64_t kv_bytes = int64_t{2} * p.seqlens_k.max_seqlen * (p.head_dim + p.head_dim_v);
-    const bool longest_first = p.score.window_right >= 0;
-    const int64_t tile_bytes = int64_t{2} * kTileM * (p.head_dim + p.head_dim_v);  // of Q and O
-    launch.order = TileOrder::of(
-        grid, longest_first,
-        longest_first ? l2_group_size(kv_bytes + tile_bytes, heads_per_kv, kL2GroupBytes) : 1);
-  }
+  if (!varlen) launch.order = fwd_tile_order(p, grid, kTileM);
   launch.num_heads = FastDiv(p.num_heads_q);
-  launch.group_size = FastDiv(heads_per_kv);
+  launch.group_size = FastDiv(p.num_heads_q / p.num_heads_kv);
   launch.num_tiles = static_cast<int>(num_tiles);
   launch.scale_log2 = Layout::kScoreMod ? 1.f : p.score.softmax_scale * kLog2e;
   launch.threshold = kMaxWeightLog2<T> / launch.scale_log2;
+  launch.zero = 0.f;
 
   int num_ctas = 0;
   cudaError_t error = encode_tensor_maps<T, kHeadDim, kHeadDimV, kWhich>(p, launch);
@@ -417,12 +448,12 @@ int launch_fwd_kernel(const FwdParams& p, cudaStream_t stream) {
 template <class T, int kHeadDim, int kHeadDimV>
 int launch_fwd_tile(const FwdParams& p, cudaStream_t stream) {
   constexpr BuiltHeadDims kBuilt{kHeadDim, kHeadDimV};
-  constexpr bool kOneTile = same_tile(sm90_fwd_tile_config(kBuilt, Sm90FwdTile::kTall),
+  constexpr bool kOneTile = same_tile(sm90_fwd_tile_config(kBuilt, Sm90FwdTile::kLong),
                                       sm90_fwd_tile_config(kBuilt, Sm90FwdTile::kFine));
   switch (p.sm90_tile) {
-    case Sm90FwdTile::kTall:
+    case Sm90FwdTile::kLong:
       if constexpr (!kOneTile)
-        return launch_fwd_kernel<T, kHeadDim, kHeadDimV, Sm90FwdTile::kTall>(p, stream);
+        return launch_fwd_kernel<T, kHeadDim, kHeadDimV, Sm90FwdTile::kLong>(p, stream);
       [[fallthrough]];
     case Sm90FwdTile::kFine:
       return launch_fwd_kernel<T, kHeadDim, kHeadDimV, Sm90FwdTile::kFine>(p, stream);

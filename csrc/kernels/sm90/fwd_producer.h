@@ -79,9 +79,7 @@ struct FwdScheduler {
     return true;
   }
 
-  // All of the tile's if the warpgroups take turns, as each needs as many as the others then.
   static FA_DEVICE BlockRange own_blocks(const Work& work, int warpgroup) {
-    if constexpr (Layout::kTakesTurns) return work.blocks;
     return n_block_range(work.mask, work.tile.m_block * Layout::kConsumers + warpgroup,
                          Layout::kRows, kTile.tile_n);
   }
