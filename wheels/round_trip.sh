@@ -31,7 +31,7 @@ echo "== the wheel that fits, of $folder"
 compute "$fresh" "$root/.ci/import_test.py"
 
 echo "== the source distribution"
-"$python" -m build --sdist --no-isolation --outdir "$work" . >"$work/sdist.log" || {
+"$python" -m build --sdist --no-isolation --outdir "$work" . >"$work/sdist.log" 2>&1 || {
   cat "$work/sdist.log"
   exit 1
 }
