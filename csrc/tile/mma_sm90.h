@@ -41,14 +41,16 @@ FA_DEVICE void warpgroup_gemm_ab(AccumTile<1, kN>& acc, TileA a, TileB b) {
                                b_desc + k * TileB::kMnMajorStep);
 }
 
-// acc = A B^T; a: [64, 16 kK] in registers, b: [8 kN, 16 kK].
+// acc = A B^T, or acc += A B^T; a: [64, 16 kK] in registers, b: [8 kN, 16 kK].
 template <class T, int kK, int kN, class TileB>
-FA_DEVICE void warpgroup_gemm_abt(AccumTile<1, kN>& acc, const AFragments<1, kK>& a, TileB b) {
+FA_DEVICE void warpgroup_gemm_abt(AccumTile<1, kN>& acc, const AFragments<1, kK>& a, TileB b,
+                                  bool accumulate = false) {
   static_assert(TileB::kRows == 8 * kN && TileB::kCols == 16 * kK);
   const uint64_t b_desc = b.k_major();
   FA_UNROLL
   for (int k = 0; k < kK; ++k)
-    ptx::wgmma_m64k16_rs_k<T>(acc.x[0], a.x[0][k], b_desc + TileB::k_major_step(k), k > 0);
+    ptx::wgmma_m64k16_rs_k<T>(acc.x[0], a.x[0][k], b_desc + TileB::k_major_step(k),
+                              accumulate || k > 0);
 }
 
 // acc = A^T B, or acc += A^T B; a: [k, 64], b: [k, 8 kN].
