@@ -134,7 +134,7 @@ struct DecodeCta {
   static constexpr int kResultWords = decode_result_words(kHeadDim);
   static constexpr int kColumnGroups = kHeadDim / 4;  // of 4 columns, in a row of results
   static constexpr int kLaneGroups = ceil_div(kColumnGroups, kWarpSize);  // of a lane
-  static constexpr int kMergeLoads = 16;
+  static constexpr int kMergeLoads = kHeadDim > 128 ? 8 : 16;
   static constexpr bool kQInRegs = kRunsAhead;
   using Unit = SmemTile<kDecodeTileN, kHeadDim>;
   using TileQ = SmemTile<kTileM, kHeadDim>;
@@ -387,9 +387,9 @@ struct DecodeCta {
     }
   }
 
-  // Reads Q, whose group is the second of a CTA, or the last.
-  FA_DEVICE void read_q(bool is_second) {
-    if (is_second) {
+  // Reads Q, whose group is the first of a CTA, or the last.
+  FA_DEVICE void read_q(bool is_first) {
+    if (is_first) {
       ptx::cp_async_wait_group<kUnits - 2>();
     } else {
       ptx::cp_async_wait_group<0>();
@@ -447,6 +447,7 @@ struct DecodeCta {
     const bool has_rows =
         kKeyParts > 1 || first_row() + 16 * warp < item().entry.q_seq.seqlen * group();
     const int begin = item().begin, num_units = 2 * (item().end - begin);
+    if (num_units > 0) copy_q();
     AccumTile<1, kN> acc_s;
     acc_o.clear();
     softmax = {};
@@ -455,13 +456,11 @@ struct DecodeCta {
     // complete if at most kUnits - 2 groups are younger: every turn has made one, so there are that
     // many, empty ones included.
     const int first = num_ahead - (kUnits - 1);
-    const int q_at = min(first + 1, 0);  // behind the first unit
 #pragma unroll 1
     for (int unit = first; unit < num_units; ++unit) {
-      if (unit == q_at) copy_q();
       if (unit == 0) {
         find_next();
-        read_q(index == 0);
+        read_q(index == 0 || !kRunsAhead);
       }
       if (unit >= 0) wait_unit(unit);
       load_next(unit >= 0 ? index + kRunsAhead : index);
@@ -565,7 +564,9 @@ struct DecodeCta {
       float* to = partial(blockIdx.x, static_cast<int>(blockIdx.x) == item().first_cta) +
                   row * kResultWords;
       *reinterpret_cast<float4*>(to + col) = merged.acc;
-      if (col == 0) *reinterpret_cast<float2*>(to + kHeadDim) = {merged.max, merged.sum};
+      // The whole sector of 32 bytes: L2 would read the rest of it from memory when it is read.
+      if (col < 8)
+        *reinterpret_cast<float4*>(to + kHeadDim + col) = {merged.max, merged.sum, 0.f, 0.f};
     });
     if (!whole) merge_parts(rows);
   }
@@ -591,10 +592,10 @@ struct DecodeCta {
     if (!shared.is_last) return;
     // kMergeLoads loads of each lane are under way at a time.
     constexpr int kParts = kMergeLoads / kLaneGroups;
-    if (num_parts > kParts / 2) {
-      merge_rows<1, kParts>(rows, first, num_parts);
-    } else {
+    if (rows > kWarps && num_parts <= kParts / 2) {
       merge_rows<2, kParts / 2>(rows, first, num_parts);
+    } else {
+      merge_rows<1, kParts>(rows, first, num_parts);
     }
   }
 
@@ -700,8 +701,8 @@ FA_DEVICE void decode_tiles(const DecodeParams& p, const DecodeLaunch& launch) {
 
 template <class T, int kHeadDim, int kTileM, bool kAppends>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
-    decode_kernel(const __grid_constant__ DecodeParams p,
-                  const __grid_constant__ DecodeLaunch launch) {
+    decode_kernel(const __grid_constant__ DecodeLaunch launch,
+                  const __grid_constant__ DecodeParams p) {
   decode_tiles<T, kHeadDim, kTileM, kAppends>(p, launch);
   if constexpr (kAppends) {
     // Nobody reads what is written here, so it needs no order. The last CTAs have the least to do.
@@ -718,7 +719,7 @@ int launch_decode_kernel(const DecodeParams& p, const DecodeLaunch& launch, cuda
   constexpr auto kKernel = decode_kernel<T, kHeadDim, kTileM, kAppends>;
   const cudaError_t error = allow_dynamic_smem<kKernel>(kSmemBytes);
   if (error != cudaSuccess || p.num_ctas == 0) return error;
-  kKernel<<<p.num_ctas, kDecodeThreads, kSmemBytes, stream>>>(p, launch);
+  kKernel<<<p.num_ctas, kDecodeThreads, kSmemBytes, stream>>>(launch, p);
   return cudaGetLastError();
 }
 

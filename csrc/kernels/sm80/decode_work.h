@@ -107,13 +107,13 @@ struct DecodeShared {
   bool is_last;
 };
 
-// The item at the cursor, whose entry is `entry` and has some of the offset's positions, and the
+// The item at the cursor: its entry is there and has some of the offset's positions. Moves the
 // cursor behind it.
 template <bool kAppends>
-FA_DEVICE void take_item(const DecodeParams& p, const DecodeEntry& entry, int positions,
-                         DecodeCursor& cursor, DecodeItem& item) {
+FA_DEVICE void take_item(const DecodeParams& p, int positions, DecodeCursor& cursor,
+                         DecodeItem& item) {
+  const DecodeEntry& entry = item.entry;
   const int offset = cursor.offset;
-  item.entry = entry;
   item.head_kv = static_cast<unsigned>(offset) / static_cast<unsigned>(positions);
   const int first = offset - item.head_kv * positions;
   const int count = min(positions - first, cursor.end - cursor.position);
@@ -149,7 +149,7 @@ FA_DEVICE void next_item(const DecodeParams& p, const DecodeLaunch& launch, Deco
                          DecodeItem& item) {
   item.end = -1;
   if (cursor.position == cursor.end) return;
-  DecodeEntry entry;
+  DecodeEntry& entry = item.entry;
   int positions;
 #pragma unroll 1
   for (;; ++cursor.entry) {
@@ -158,7 +158,7 @@ FA_DEVICE void next_item(const DecodeParams& p, const DecodeLaunch& launch, Deco
     if (cursor.offset < positions * p.num_heads_kv) break;
     cursor.offset -= positions * p.num_heads_kv;
   }
-  take_item<kAppends>(p, entry, positions, cursor, item);
+  take_item<kAppends>(p, positions, cursor, item);
 }
 
 // The share of this CTA: counts the positions of all entries, 128 threads side by side; the thread
@@ -167,11 +167,9 @@ template <int kTileM, bool kAppends>
 FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch, DecodeShared& shared) {
   const int m_blocks = launch.by_m_blocks.divisor();
   const int num_entries = (p.batch_size + (p.seqlens_q.cu_seqlens != nullptr)) * m_blocks;
+  const int per_thread = ceil_div(num_entries, kDecodeThreads);
+  const int first = threadIdx.x * per_thread, end = min(num_entries, first + per_thread);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const bool few = num_entries <= kWarpSize;  // then every warp counts them all
-  const int per_thread = few ? 1 : ceil_div(num_entries, kDecodeThreads);
-  const int first = (few ? lane : threadIdx.x) * per_thread;
-  const int end = min(num_entries, first + per_thread);
   int sum = 0, longest = 0;
   DecodeEntry entry;
   int positions = 1;
@@ -192,21 +190,18 @@ FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch, Dec
     if (lane >= step) before += other;
   }
   longest = __reduce_max_sync(0xffffffffu, longest);
-  int total = __shfl_sync(0xffffffffu, before, kWarpSize - 1);
+  if (lane == kWarpSize - 1) {
+    shared.warp_total[warp] = before;
+    shared.warp_longest[warp] = longest;
+  }
   before -= sum;
-  if (!few) {
-    if (lane == 0) {
-      shared.warp_total[warp] = total;
-      shared.warp_longest[warp] = longest;
-    }
-    __syncthreads();  // the totals of all warps are there
-    total = 0;
-    FA_UNROLL
-    for (int w = 0; w < kDecodeThreads / kWarpSize; ++w) {
-      if (w < warp) before += shared.warp_total[w];
-      total += shared.warp_total[w];
-      longest = max(longest, shared.warp_longest[w]);
-    }
+  __syncthreads();  // the totals of all warps are there
+  int total = 0;
+  FA_UNROLL
+  for (int w = 0; w < kDecodeThreads / kWarpSize; ++w) {
+    if (w < warp) before += shared.warp_total[w];
+    total += shared.warp_total[w];
+    longest = max(longest, shared.warp_longest[w]);
   }
   if (total == 0) return false;
   // Uncut, a position is a whole tile.
@@ -215,10 +210,11 @@ FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch, Dec
                                             : split_work(total, num_ctas, p.num_splits, longest);
   const int begin = blockIdx.x * split.per_part;
   if (begin >= total) return false;
-  if (before <= begin && begin < before + sum && !(few && warp > 0)) {
+  if (before <= begin && begin < before + sum) {
     shared.cursor = {first, begin - before, begin, min(total, begin + split.per_part), split};
     if (per_thread == 1) {
-      take_item<kAppends>(p, entry, positions, shared.cursor, shared.items[0]);
+      shared.items[0].entry = entry;
+      take_item<kAppends>(p, positions, shared.cursor, shared.items[0]);
     } else {
       next_item<kTileM, kAppends>(p, launch, shared.cursor, shared.items[0]);
     }
