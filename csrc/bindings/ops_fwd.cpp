@@ -226,6 +226,9 @@ FwdArgs prefill_args(const DecodeArgs& a, const Tensor& q) {
 }  // namespace
 
 bool is_prefill(const DecodeArgs& a, const AppendedKeys& appended) {
+  constexpr int64_t kSmallestTile =
+      128;  // rows; decode of a few queries needs no plan of a forward
+  if (!a.varlen() && 2 * a.q.size(1) <= kSmallestTile) return false;
   const bool is_contiguous = a.page_table == nullptr && a.cache_batch_idx == nullptr;
   const bool is_even = !a.varlen() && appended.cu_seqlens_new == nullptr;
   // One split promises the same bits whatever the number of queries.

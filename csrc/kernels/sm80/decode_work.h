@@ -206,8 +206,9 @@ FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch, Dec
   if (total == 0) return false;
   // Uncut, a position is a whole tile.
   const int num_ctas = gridDim.x;
-  const WorkSplit split = p.num_splits == 1 ? WorkSplit{total, ceil_div(total, num_ctas)}
-                                            : split_work(total, num_ctas, p.num_splits, longest);
+  const WorkSplit split = p.num_splits == 1
+                              ? WorkSplit{total, ceil_div(total, num_ctas)}
+                              : split_work(total, num_ctas, p.num_splits, longest, kTileM);
   const int begin = blockIdx.x * split.per_part;
   if (begin >= total) return false;
   if (before <= begin && begin < before + sum) {
