@@ -27,6 +27,7 @@
 #include "core/rotary.h"
 #include "core/tile_config.h"
 #include "kernels/launch.h"
+#include "kernels/sm80/decode_rows.h"
 #include "kernels/sm80/decode_work.h"
 #include "kernels/tile_counter.h"
 #include "ptx/global_memory.h"
@@ -38,87 +39,6 @@
 #include "tile/vec.h"
 
 namespace fa {
-
-// Online softmax of two rows of a lane, as attention/softmax.h, in log2 units. Every row moves its
-// reference on its own, so that a result does not depend on the other rows of its tile.
-template <class T>
-struct RowSoftmax {
-  float row_max[2] = {-INFINITY, -INFINITY};
-  float row_sum[2] = {0.f, 0.f};
-
-  template <int kN, int kD>
-  FA_DEVICE void step(AccumTile<1, kN>& acc_s, AccumTile<1, kD>& acc_o) {
-    float high[2];
-    bool moves = false;
-    FA_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      high[r] = -INFINITY;
-      FA_UNROLL
-      for (int n = 0; n < kN; ++n)
-        high[r] = fmaxf(high[r], fmaxf(acc_s.x[0][n][2 * r], acc_s.x[0][n][2 * r + 1]));
-      moves |= high[r] - row_max[r] > kMaxWeightLog2<T>;  // false for -inf - -inf
-    }
-    if (__any_sync(0xffffffffu, moves)) {
-      FA_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        high[r] = fmaxf(high[r], __shfl_xor_sync(0xffffffffu, high[r], 1));
-        high[r] = fmaxf(high[r], __shfl_xor_sync(0xffffffffu, high[r], 2));
-        if (!(high[r] - row_max[r] > kMaxWeightLog2<T>)) continue;
-        const float factor = ptx::ex2_approx_ftz(row_max[r] - high[r]);
-        row_max[r] = high[r];
-        row_sum[r] *= factor;
-        FA_UNROLL
-        for (int d = 0; d < kD; ++d) {
-          acc_o.x[0][d][2 * r] *= factor;
-          acc_o.x[0][d][2 * r + 1] *= factor;
-        }
-      }
-    }
-    FA_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const float reference = finite_max(row_max[r]);
-      FA_UNROLL
-      for (int n = 0; n < kN; ++n) {
-        FA_UNROLL
-        for (int i = 2 * r; i < 2 * r + 2; ++i) {
-          float& weight = acc_s.x[0][n][i];
-          weight = ptx::ex2_approx_ftz(weight - reference);
-          row_sum[r] += weight;
-        }
-      }
-    }
-  }
-
-  // Adds up the sums of the lanes of a quad; once, behind the last step.
-  FA_DEVICE void finish() {
-    FA_UNROLL
-    for (float& sum : row_sum) {
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    }
-  }
-};
-
-// Four columns of a row, merged from results over disjoint sets of keys. Maxima in log2 units.
-struct MergedRow {
-  float4 acc = {0.f, 0.f, 0.f, 0.f};
-  float sum = 0.f, max = -INFINITY;
-
-  // Makes new_max, which is no smaller, the reference.
-  FA_DEVICE void rescale(float new_max) {
-    const float factor = ptx::ex2_approx_ftz(max - finite_max(new_max));
-    max = new_max;
-    sum *= factor;
-    acc = {acc.x * factor, acc.y * factor, acc.z * factor, acc.w * factor};
-  }
-
-  FA_DEVICE void add(float4 part_acc, float weight) {
-    acc.x += weight * part_acc.x;
-    acc.y += weight * part_acc.y;
-    acc.z += weight * part_acc.z;
-    acc.w += weight * part_acc.w;
-  }
-};
 
 template <class T, int kHeadDim, int kTileM, bool kAppends>
 struct DecodeCta {
@@ -133,7 +53,7 @@ struct DecodeCta {
   static constexpr int kResultsBegin = kRunsAhead ? kRingBytes : 0;  // bytes
   static constexpr int kResultWords = decode_result_words(kHeadDim);
   static constexpr int kColumnGroups = kHeadDim / 4;  // of 4 columns, in a row of results
-  static constexpr int kLaneGroups = ceil_div(kColumnGroups, kWarpSize);  // of a lane
+  static constexpr int kLaneGroups = decode_lane_groups(kHeadDim);
   static constexpr int kMergeLoads = kHeadDim > 128 ? 8 : 16;
   static constexpr bool kQInRegs = kRunsAhead;
   using Unit = SmemTile<kDecodeTileN, kHeadDim>;
@@ -599,65 +519,27 @@ struct DecodeCta {
     }
   }
 
-  // Merges parts of the tile that begins in CTA `first`. A warp takes kNumRows rows at a time and
-  // kNumParts parts of them, whose statistics are one in a lane; a lane, columns of all parts.
+  // Merges parts of the tile that begins in CTA `first`, kNumParts of kNumRows rows of a warp at a
+  // time.
   template <int kNumRows, int kNumParts>
   FA_DEVICE void merge_rows(int rows, int first, int num_parts) const {
-    static_assert(kWarpSize % kNumParts == 0);
+    using Parts = PartsOfRow<kHeadDim, kNumParts>;
+    constexpr int kStride = kTileM * kResultWords;
 #pragma unroll 1
     for (int begin = warp; begin < rows; begin += kNumRows * kWarps) {
       MergedRow merged[kNumRows][kLaneGroups];
 #pragma unroll 1
       for (int part = 0; part < num_parts; part += kNumParts) {
-        float4 acc[kNumRows][kNumParts][kLaneGroups];
-        float2 statistics[kNumRows];
+        Parts parts[kNumRows];
         FA_UNROLL
         for (int r = 0; r < kNumRows; ++r) {
           const int row = begin + r * kWarps;
-          const int left = row < rows ? num_parts - part : 0;
           const float* from = partial(first + part, false) + row * kResultWords;
-          const float* from_first = part == 0 ? partial(first, true) + row * kResultWords : from;
-          const auto part_from = [&](int i) {
-            return i == 0 ? from_first : from + i * (kTileM * kResultWords);
-          };
-          const int own = lane % kNumParts;
-          statistics[r] = own < left
-                              ? __ldcg(reinterpret_cast<const float2*>(part_from(own) + kHeadDim))
-                              : float2{-INFINITY, 0.f};
-          FA_UNROLL
-          for (int i = 0; i < kNumParts; ++i) {
-            FA_UNROLL
-            for (int g = 0; g < kLaneGroups; ++g) {
-              const int group = lane + g * kWarpSize;
-              acc[r][i][g] = i < left && group < kColumnGroups
-                                 ? __ldcg(reinterpret_cast<const float4*>(part_from(i)) + group)
-                                 : float4{0.f, 0.f, 0.f, 0.f};
-            }
-          }
+          parts[r].load(part == 0 ? partial(first, true) + row * kResultWords : from, from, kStride,
+                        row < rows ? num_parts - part : 0, lane);
         }
         FA_UNROLL
-        for (int r = 0; r < kNumRows; ++r) {
-          float max = fmaxf(merged[r][0].max, statistics[r].x);
-          FA_UNROLL
-          for (int step = 1; step < kNumParts; step *= 2)
-            max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, step));
-          const float weight = ptx::ex2_approx_ftz(statistics[r].x - finite_max(max));
-          float sum = weight * statistics[r].y;
-          FA_UNROLL
-          for (int step = 1; step < kNumParts; step *= 2)
-            sum += __shfl_xor_sync(0xffffffffu, sum, step);
-          FA_UNROLL
-          for (MergedRow& row : merged[r]) {
-            row.rescale(max);
-            row.sum += sum;
-          }
-          FA_UNROLL
-          for (int i = 0; i < kNumParts; ++i) {
-            const float part_weight = __shfl_sync(0xffffffffu, weight, i);
-            FA_UNROLL
-            for (int g = 0; g < kLaneGroups; ++g) merged[r][g].add(acc[r][i][g], part_weight);
-          }
-        }
+        for (int r = 0; r < kNumRows; ++r) parts[r].add_to(merged[r]);
       }
       FA_UNROLL
       for (int r = 0; r < kNumRows; ++r) {
