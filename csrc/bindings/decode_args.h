@@ -100,11 +100,21 @@ inline Tensor new_decode_out(const DecodeArgs& a) {
   return new_tensor(a.q, shape);
 }
 
-// Keys that are appended before: every length of cache_seqlens grows by them.
+// Keys that are appended: every length of cache_seqlens grows by them.
 struct AppendedKeys {
   int seqlen_new = 0;
   const int* cu_seqlens_new = nullptr;  // [batch + 1]; nullptr: seqlen_new for each
+  AppendKvParams by_decode{};           // k is nullptr: they are in the cache already
+  bool same_position = false;           // DecodeParams
+  const Tensor* rotated_q = nullptr;    // in place of q
 };
+
+// Whether the launch reads a key or writes an output at all.
+inline bool decode_launches(const DecodeKernel& kernel) {
+  const Problem& p = kernel.problem;
+  const int64_t rows = p.varlen ? p.total_q : int64_t{p.batch_size} * p.seqlen_q;
+  return rows * p.num_heads_q > 0 && kernel.planned.plan.num_ctas > 0;
+}
 
 // Writes `out`; returns lse, [batch, heads, seqlen_q] or [heads, total_q].
 inline Tensor launch_decode(const DecodeKernel& kernel, const DecodeArgs& a, const Tensor& out,
@@ -128,6 +138,8 @@ inline Tensor launch_decode(const DecodeKernel& kernel, const DecodeArgs& a, con
                  vector("cache_leftpad", a.cache_leftpad, batch_size), problem.seqlen_k};
   p.cu_seqlens_new = appended.cu_seqlens_new;
   p.seqlen_new = appended.seqlen_new;
+  p.append = appended.by_decode;
+  p.same_position = appended.same_position;
   p.cache_batch_idx = vector("cache_batch_idx", a.cache_batch_idx, batch_size);
   if (a.page_table != nullptr) {
     p.page_table = static_cast<const int*>(a.page_table->data_ptr());
@@ -155,7 +167,7 @@ inline Tensor launch_decode(const DecodeKernel& kernel, const DecodeArgs& a, con
   Tensor workspace = new_tensor(a.q, {plan.workspace_bytes / 4}, ScalarType::Float);
   p.partial = static_cast<float*>(workspace.data_ptr());
 
-  const Tensor q = readable_rows(a.q);
+  const Tensor q = readable_rows(appended.rotated_q == nullptr ? a.q : *appended.rotated_q);
   Tensor written = writable_rows(out);
   p.lse = static_cast<float*>(lse.data_ptr());
   p.q = q.data_ptr();

@@ -2,6 +2,7 @@
 #include "bindings/aligned_rows.h"
 #include "bindings/attention_args.h"
 #include "bindings/decode_args.h"
+#include "bindings/prefill.h"
 
 namespace fa {
 namespace {
@@ -12,6 +13,7 @@ struct FwdArgs {
   AttentionArgs attention;
   bool return_dmask;
   int64_t num_splits, sm_margin;
+  const SeqlenArgs* seqlens_k = nullptr;  // of keys in a cache, in place of their fixed length
 
   // The tiled overload of op `name`: `head`, then the arguments that all four ops end with.
   template <class Ret, class... Head>
@@ -56,6 +58,7 @@ std::tuple<Tensor, Tensor> launch_fwd(const FwdKernel& kernel, const FwdArgs& ar
   const Problem& problem = kernel.problem;
   FwdParams p{};
   fill_common(p, a, problem, kernel.planned.plan);
+  if (args.seqlens_k != nullptr) p.seqlens_k = *args.seqlens_k;
   p.sm90_tile = kernel.planned.plan.sm90_tile;
   p.sm_margin = to_int("sm_margin", args.sm_margin);
 
@@ -215,7 +218,48 @@ LseDmask varlen_fwd_out(const Tensor& q, const Tensor& k, const Tensor& v, const
   return launch_fwd(kernel, args, out);
 }
 
+// The keys of a cache, as far as they fit the forward.
+FwdArgs prefill_args(const DecodeArgs& a, const Tensor& q) {
+  return {{q, a.k_cache, a.v_cache, nullptr, nullptr, a.scores}, false, a.num_splits, a.sm_margin};
+}
+
 }  // namespace
+
+bool is_prefill(const DecodeArgs& a, const AppendedKeys& appended) {
+  constexpr int64_t kSmallestTile =
+      128;  // rows; decode of a few queries needs no plan of a forward
+  if (!a.varlen() && 2 * a.q.size(1) <= kSmallestTile) return false;
+  const bool is_contiguous = a.page_table == nullptr && a.cache_batch_idx == nullptr;
+  const bool is_even = !a.varlen() && appended.cu_seqlens_new == nullptr;
+  // One split promises the same bits whatever the number of queries.
+  if (!is_contiguous || !is_even || a.num_splits != 0 || a.q.size(0) != a.k_cache.size(0) ||
+      !has_whole_rows(a.k_cache) || !has_whole_rows(a.v_cache))
+    return false;
+  const FwdKernel kernel = plan_fwd(prefill_args(a, a.q));
+  if (!kernel || kernel.planned.backend->arch != 90) return false;
+  // It gives every query head tiles of its own: more than half full, and for half of the SMs.
+  const Problem& problem = kernel.problem;
+  const int tile_m = kernel.planned.plan.tile_m;
+  const int64_t tiles =
+      int64_t{problem.batch_size} * problem.num_heads_q * ceil_div(problem.seqlen_q, tile_m);
+  return 2 * problem.seqlen_q > tile_m && 2 * tiles >= device_facts(a.device_index()).num_sms;
+}
+
+std::tuple<Tensor, Tensor> prefill(const DecodeArgs& a, const AppendedKeys& appended) {
+  FwdArgs args = prefill_args(a, appended.rotated_q == nullptr ? a.q : *appended.rotated_q);
+  const FwdKernel kernel = plan_fwd(args);
+  const auto vector = [&](const char* name, const Tensor* t) {
+    return t == nullptr ? nullptr : int32_vector(name, *t, a.q, kernel.problem.batch_size);
+  };
+  const SeqlenArgs lengths{nullptr, vector("cache_seqlens", a.cache_seqlens),
+                           vector("cache_leftpad", a.cache_leftpad), kernel.problem.seqlen_k,
+                           appended.seqlen_new};
+  args.seqlens_k = &lengths;
+  auto [out, lse, dmask] = launch_fwd(kernel, args);
+  return {out, lse};
+}
+
+namespace {}  // namespace
 }  // namespace fa
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_ext, CUDA, m) {

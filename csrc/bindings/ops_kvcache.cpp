@@ -1,5 +1,6 @@
 // Ops of the KV cache: append_kv, kvcache_fwd and kvcache_append_fwd.
 #include "bindings/decode_args.h"
+#include "bindings/prefill.h"
 #include "bindings/rotary_op.h"
 #include "bindings/rotary_table.h"
 #include "bindings/stable_torch.h"
@@ -85,7 +86,9 @@ PlannedKernel plan_append_kv(const AppendKvArgs& args, const AppendKvParams& siz
   return plan_kernel(problem, args.device_index());
 }
 
-void launch_append_kv(const PlannedKernel& kernel, const AppendKvArgs& args, AppendKvParams p) {
+// What is left to fill in of `p`, the sizes.
+AppendKvParams append_kv_params(const PlannedKernel& kernel, const AppendKvArgs& args,
+                                AppendKvParams p) {
   const Tensor& like = args.k_cache;
   p.k = args.k.data_ptr();
   p.v = args.v.data_ptr();
@@ -109,6 +112,11 @@ void launch_append_kv(const PlannedKernel& kernel, const AppendKvArgs& args, App
         rotary_table(*args.rotary_cos, *args.rotary_sin, like, args.rotary_interleaved, false);
   p.dtype = *dtype_of(like.scalar_type());
   p.vectorized = kernel.plan.vectorized;
+  return p;
+}
+
+void launch_append_kv(const PlannedKernel& kernel, const AppendKvArgs& args,
+                      const AppendKvParams& p) {
   if (args.k.numel() == 0 && args.v.numel() == 0) return;
   launch(*kernel.backend, kernel.backend->append_kv, p, args.device_index());
 }
@@ -129,10 +137,32 @@ void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, co
                             cache_batch_idx, page_table, cu_seqlens_k_new, rotary_cos, rotary_sin,
                             rotary_seqlens, rotary_interleaved);
   }
-  launch_append_kv(kernel, args, sizes);
+  launch_append_kv(kernel, args, append_kv_params(kernel, args, sizes));
 }
 
 using OutLse = std::tuple<Tensor, Tensor>;
+
+DecodeArgs kvcache_args(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                        const OptionalTensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
+                        const OptionalTensor& cache_leftpad, const OptionalTensor& page_table,
+                        const OptionalTensor& cu_seqlens_q, int64_t max_seqlen_q,
+                        const ScoreArgs& scores, int64_t num_splits, int64_t sm_margin) {
+  return {q,
+          k_cache,
+          v_cache,
+          pointer_to(cache_seqlens),
+          pointer_to(cache_batch_idx),
+          pointer_to(cache_leftpad),
+          pointer_to(page_table),
+          pointer_to(cu_seqlens_q),
+          nullptr,
+          nullptr,
+          max_seqlen_q,
+          std::nullopt,
+          scores,
+          num_splits,
+          sm_margin};
+}
 
 OutLse kvcache_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                    const OptionalTensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
@@ -142,21 +172,9 @@ OutLse kvcache_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
                    int64_t window_right, double softcap, int64_t num_splits, int64_t sm_margin) {
   const OptionalTensor none;
   const ScoreArgs scores{alibi_slopes, none, softmax_scale, window_left, window_right, softcap, 0.};
-  DecodeArgs args{q,
-                  k_cache,
-                  v_cache,
-                  pointer_to(cache_seqlens),
-                  pointer_to(cache_batch_idx),
-                  pointer_to(cache_leftpad),
-                  pointer_to(page_table),
-                  pointer_to(cu_seqlens_q),
-                  nullptr,
-                  nullptr,
-                  max_seqlen_q,
-                  std::nullopt,
-                  scores,
-                  num_splits,
-                  sm_margin};
+  const DecodeArgs args =
+      kvcache_args(q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
+                   cu_seqlens_q, max_seqlen_q, scores, num_splits, sm_margin);
   const DecodeKernel kernel = plan_decode(args);
   if (!kernel) {
     return call_tiled<OutLse>("flash_attn_ext::kvcache_fwd", q, k_cache, v_cache, cache_seqlens,
@@ -164,6 +182,7 @@ OutLse kvcache_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
                               max_seqlen_q, alibi_slopes, softmax_scale, window_left, window_right,
                               softcap, num_splits, sm_margin);
   }
+  if (is_prefill(args, {})) return prefill(args, {});
   Tensor out = new_decode_out(args);
   Tensor lse = launch_decode(kernel, args, out);
   return {out, lse};
@@ -183,21 +202,9 @@ OutLse kvcache_append_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& 
   FA_CHECK(cache_seqlens.has_value(), "cache_seqlens: got None, expected [batch] with k");
   const OptionalTensor none;
   const ScoreArgs scores{alibi_slopes, none, softmax_scale, window_left, window_right, softcap, 0.};
-  DecodeArgs args{q,
-                  k_cache,
-                  v_cache,
-                  pointer_to(cache_seqlens),
-                  pointer_to(cache_batch_idx),
-                  pointer_to(cache_leftpad),
-                  pointer_to(page_table),
-                  pointer_to(cu_seqlens_q),
-                  nullptr,
-                  nullptr,
-                  max_seqlen_q,
-                  std::nullopt,
-                  scores,
-                  num_splits,
-                  sm_margin};
+  const DecodeArgs args =
+      kvcache_args(q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
+                   cu_seqlens_q, max_seqlen_q, scores, num_splits, sm_margin);
   const DecodeKernel kernel = plan_decode(args);
   if (!kernel) {
     return call_tiled<OutLse>("flash_attn_ext::kvcache_append_fwd", q, k_cache, v_cache, k, v,
@@ -206,38 +213,39 @@ OutLse kvcache_append_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& 
                               rotary_seqlens, rotary_interleaved, alibi_slopes, softmax_scale,
                               window_left, window_right, softcap, num_splits, sm_margin);
   }
-  append_kv(k_cache, v_cache, k, v, *cache_seqlens, cache_batch_idx, page_table, cu_seqlens_k_new,
-            rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved);
-  std::optional<Tensor> rotated;
-  if (rotary_cos) {
-    const bool same_position = window_left < 0 && window_right < 0;
-    rotated = rotary(q, *rotary_cos, *rotary_sin, rotary_seqlens ? rotary_seqlens : cache_seqlens,
-                     cu_seqlens_q, max_seqlen_q, rotary_interleaved, false, same_position);
-  }
+  const AppendKvArgs append{
+      k_cache,    v_cache,          k,          v,          *cache_seqlens, cache_batch_idx,
+      page_table, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved};
+  check_append_kv(append);
+  const AppendKvParams sizes = append_kv_sizes(append);
+  const PlannedKernel append_kernel = plan_append_kv(append, sizes);
   AppendedKeys appended;
+  appended.same_position = window_left < 0 && window_right < 0;
   if (cu_seqlens_k_new) {
     appended.cu_seqlens_new =
         int32_vector("cu_seqlens_k_new", *cu_seqlens_k_new, q, kernel.problem.batch_size + 1);
   } else {
     appended.seqlen_new = to_int("seqlen", k.size(1));
   }
+  // The launch of decode does it all where it can copy new keys 16 bytes at a time.
+  std::optional<Tensor> rotated;
+  const bool is_decode = !is_prefill(args, appended);
+  if (is_decode && append_kernel.backend && append_kernel.plan.vectorized &&
+      decode_launches(kernel) && k.numel() > 0) {
+    appended.by_decode = append_kv_params(append_kernel, append, sizes);
+  } else {
+    append_kv(k_cache, v_cache, k, v, *cache_seqlens, cache_batch_idx, page_table, cu_seqlens_k_new,
+              rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved);
+    if (rotary_cos) {
+      rotated =
+          rotary(q, *rotary_cos, *rotary_sin, rotary_seqlens ? rotary_seqlens : cache_seqlens,
+                 cu_seqlens_q, max_seqlen_q, rotary_interleaved, false, appended.same_position);
+      appended.rotated_q = &*rotated;
+    }
+  }
+  if (!is_decode) return prefill(args, appended);
   Tensor out = new_decode_out(args);
-  const DecodeArgs with_q{rotated ? *rotated : q,
-                          k_cache,
-                          v_cache,
-                          args.cache_seqlens,
-                          args.cache_batch_idx,
-                          args.cache_leftpad,
-                          args.page_table,
-                          args.cu_seqlens_q,
-                          nullptr,
-                          nullptr,
-                          max_seqlen_q,
-                          std::nullopt,
-                          scores,
-                          num_splits,
-                          sm_margin};
-  Tensor lse = launch_decode(kernel, with_q, out, appended);
+  Tensor lse = launch_decode(kernel, args, out, appended);
   return {out, lse};
 }
 

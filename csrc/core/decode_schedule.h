@@ -6,6 +6,7 @@
 #pragma once
 #include "core/host_device.h"
 #include "core/mask.h"
+#include "core/tile_config.h"
 
 namespace fa {
 
@@ -19,16 +20,21 @@ struct WorkSplit {
   FA_HD constexpr int part_of(int at) const { return at / per_part; }
 };
 
-// Below this many blocks for each of num_ctas CTAs, half as many CTAs are faster: a launch is short
-// then, and what a merge of parts costs outweighs what a second CTA on the SM hides.
-constexpr int kFewDecodeBlocks = 16;
+// Below this many blocks for each CTA, half as many CTAs are faster: a launch is short then, and
+// what a merge of parts costs outweighs what a second CTA on the SM hides. Tiles of many rows
+// multiply longer, so a second CTA hides more.
+FA_HD constexpr int few_decode_blocks(int tile_m) {
+  return tile_m == kDecodeFewRows ? 16 : 4;
+}
 
 // Parts for at most num_ctas CTAs. Memory is the limit, so it matters little whether all CTAs have
 // work, but much whether a tile is cut or a CTA has parts of two: parts are whole tiles of the
 // longest kind, or such a tile is a whole number of parts. max_splits > 1: no tile is in more than
 // max_splits parts. 1 <= longest_tile <= total, num_ctas >= 1.
-FA_HD constexpr WorkSplit split_work(int total, int num_ctas, int max_splits, int longest_tile) {
-  const int target = total / kFewDecodeBlocks < num_ctas ? ceil_div(num_ctas, 2) : num_ctas;
+FA_HD constexpr WorkSplit split_work(int total, int num_ctas, int max_splits, int longest_tile,
+                                     int tile_m) {
+  const bool few = total / few_decode_blocks(tile_m) < num_ctas;
+  const int target = few ? ceil_div(num_ctas, 2) : num_ctas;
   const int tiles = ceil_div(total, longest_tile);
   const int per_part = tiles >= target ? ceil_div(tiles, target) * longest_tile
                                        : ceil_div(longest_tile, target / tiles);
@@ -42,10 +48,11 @@ FA_HD constexpr int packed_m_blocks(int queries, int group_size, int tile_m) {
   return ceil_div(queries * group_size, tile_m);
 }
 
-static_assert(split_work(128 * 128, 264, 0, 128).per_part == 64);     // two CTAs for each tile
-static_assert(split_work(128 * 16, 264, 0, 16).per_part == 16);       // few blocks: one for each
-static_assert(split_work(1024 * 16, 264, 0, 16).per_part == 4 * 16);  // four tiles for each CTA
-static_assert(split_work(100, 8, 2, 50).num_parts() == 2);            // no tile is in three parts
+static_assert(split_work(128 * 128, 264, 0, 128, 16).per_part == 64);  // two CTAs for each tile
+static_assert(split_work(128 * 16, 264, 0, 16, 16).per_part == 16);    // few blocks: one for each
+static_assert(split_work(128 * 16, 264, 0, 16, 64).per_part == 8);     // two for each
+static_assert(split_work(1024 * 16, 264, 0, 16, 16).per_part == 4 * 16);  // four tiles for each CTA
+static_assert(split_work(100, 8, 2, 50, 16).num_parts() == 2);  // no tile is in three parts
 static_assert(packed_m_blocks(3, 8, 16) == 2);
 
 }  // namespace fa

@@ -16,7 +16,7 @@ namespace fa {
 
 // Raised with every change of a struct below or of core/backend.h: a library built from other
 // sources is refused instead of being called with the wrong layout.
-constexpr uint32_t kKernelAbiVersion = 6;
+constexpr uint32_t kKernelAbiVersion = 7;
 
 // Strides of a [batch, token, head, dim] tensor, elements. Varlen ([total, head, dim]): batch == 0.
 struct Strides {
@@ -91,41 +91,6 @@ struct BwdParams {
   int sm_margin;             // SMs that a persistent kernel leaves free
   DType dtype;
   Arch tiles;  // which rows of core/tile_config.h to launch
-};
-
-// Attention against a KV cache, few queries to many keys: the forward over contiguous caches or
-// pages. Lengths are read on the device only.
-struct DecodeParams {
-  const void* q;   // [batch_size, seqlen_q, num_heads_q, head_dim], or [total_q, ...]
-  const void* k;   // [num_caches, cache_len, num_heads_kv, head_dim], or paged
-                   // [num_caches, page_size, num_heads_kv, head_dim]
-  const void* v;   // the same with head_dim_v
-  void* out;       // [batch_size, seqlen_q, num_heads_q, head_dim_v], or [total_q, ...]
-  float* lse;      // [batch_size, num_heads_q, seqlen_q], or [num_heads_q, total_q]; contiguous
-  float* partial;  // [decode_workspace_words()] of core/tile_config.h; nullptr: num_splits is 1
-
-  Strides q_strides, k_strides, v_strides, out_strides;  // k, v: .batch between caches or pages
-  SeqlenArgs seqlens_q;
-  SeqlenArgs seqlens_k;  // seqused: tokens in the cache, leftpad and appended ones included, but
-                         // for the next two; max_seqlen: tokens that one cache holds
-  const int* cu_seqlens_new;  // [batch_size + 1]: each length of seqused grows by the difference;
-                              // nullptr: by seqlen_new
-  int seqlen_new;
-  const int* cache_batch_idx;  // [batch_size], row of the cache or page table; nullptr: batch
-  const int* page_table;       // [page_table_rows, max_pages]; nullptr: not paged
-  int64_t page_table_batch_stride;
-  ScoreParams score;
-
-  int batch_size, num_heads_q, num_heads_kv;
-  int head_dim, head_dim_v;  // multiples of 8; rows start at multiples of 16 bytes
-  int total_q;               // rows in all; fixed length: batch_size * seqlen_q
-  int num_caches;            // size of the caches' first dimension: caches, or pages when paged
-  int page_size;             // tokens of a page; 0: not paged
-  int page_table_rows;
-  int tile_m;      // kDecodeFewRows or kDecodeManyRows
-  int num_ctas;    // of the launch, for which `partial` has room
-  int num_splits;  // 0: keys are shared out evenly; 1: no tile is split; n: into n parts at most
-  DType dtype;
 };
 
 // Merges num_splits partial results of the same rows by their LSE.
@@ -287,6 +252,46 @@ struct CrossEntropyParams {
   float smoothing, logit_scale, lse_square_scale;
   bool labels_are_int64;
   DType dtype;
+};
+
+// Attention against a KV cache, few queries to many keys: the forward over contiguous caches or
+// pages. Lengths are read on the device only.
+struct DecodeParams {
+  const void* q;   // [batch_size, seqlen_q, num_heads_q, head_dim], or [total_q, ...]
+  const void* k;   // [num_caches, cache_len, num_heads_kv, head_dim], or paged
+                   // [num_caches, page_size, num_heads_kv, head_dim]
+  const void* v;   // the same with head_dim_v
+  void* out;       // [batch_size, seqlen_q, num_heads_q, head_dim_v], or [total_q, ...]
+  float* lse;      // [batch_size, num_heads_q, seqlen_q], or [num_heads_q, total_q]; contiguous
+  float* partial;  // [decode_workspace_words()] of core/tile_config.h; nullptr: num_splits is 1
+
+  Strides q_strides, k_strides, v_strides, out_strides;  // k, v: .batch between caches or pages
+  SeqlenArgs seqlens_q;
+  SeqlenArgs seqlens_k;  // seqused: tokens in the cache, leftpad and appended ones included, but
+                         // for the next two; max_seqlen: tokens that one cache holds
+  const int* cu_seqlens_new;  // [batch_size + 1]: each length of seqused grows by the difference;
+                              // nullptr: by seqlen_new
+  int seqlen_new;
+  const int* cache_batch_idx;  // [batch_size], row of the cache or page table; nullptr: batch
+  const int* page_table;       // [page_table_rows, max_pages]; nullptr: not paged
+  int64_t page_table_batch_stride;
+  ScoreParams score;
+
+  int batch_size, num_heads_q, num_heads_kv;
+  int head_dim, head_dim_v;  // multiples of 8; rows start at multiples of 16 bytes
+  int total_q;               // rows in all; fixed length: batch_size * seqlen_q
+  int num_caches;            // size of the caches' first dimension: caches, or pages when paged
+  int page_size;             // tokens of a page; 0: not paged
+  int page_table_rows;
+  int tile_m;      // kDecodeFewRows or kDecodeManyRows
+  int num_ctas;    // of the launch, for which `partial` has room
+  int num_splits;  // 0: keys are shared out evenly; 1: no tile is split; n: into n parts at most
+  DType dtype;
+
+  // The launch itself writes new keys and values into the caches, vectorized, and reads them where
+  // they are; it rotates keys and queries if the table has a dimension. append.k is nullptr: not.
+  AppendKvParams append;
+  bool same_position;  // every query has the position of the first new key
 };
 
 }  // namespace fa

@@ -12,6 +12,7 @@ struct SeqlenArgs {
   const int* seqused;     // [batch_size], rows in use, from the sequence's begin; nullptr: all
   const int* leftpad;     // [batch_size], rows at the begin that do not count; nullptr: 0
   int max_seqlen;         // rows a sequence may have; without cu_seqlens, the rows it has
+  int num_new = 0;        // rows in use behind those of seqused
 };
 
 struct SeqlenInfo {
@@ -26,7 +27,7 @@ struct SeqlenInfo {
 FA_HD constexpr SeqlenInfo seqlen_info(SeqlenArgs args, int batch) {
   const int begin = args.cu_seqlens ? args.cu_seqlens[batch] : 0;
   const int stored = args.cu_seqlens ? args.cu_seqlens[batch + 1] - begin : args.max_seqlen;
-  const int used = args.seqused ? min(args.seqused[batch], stored) : stored;
+  const int used = args.seqused ? min(args.seqused[batch] + args.num_new, stored) : stored;
   const int leftpad = args.leftpad ? clamp(args.leftpad[batch], 0, max(used, 0)) : 0;
   return {max(used, 0) - leftpad, max(stored, 0) - leftpad, leftpad,
           static_cast<int64_t>(begin) + leftpad};

@@ -38,7 +38,7 @@ __global__ void probe_ranges(SeqlenArgs args_q, SeqlenArgs args_k, TileGrid grid
   out[threadIdx.x] = tokens.begin + part.begin + part.full_end + rows.full_begin + varlen.m_block +
                      is_kept(mask, threadIdx.x, threadIdx.y) + tile_coord(grid, 1, false).head +
                      choose_num_splits(grid.size(), gridDim.z, blocks.size(), 32) +
-                     split_work(gridDim.x, 7, 0, 1).part_of(threadIdx.x);
+                     split_work(gridDim.x, 7, 0, 1, kDecodeFewRows).part_of(threadIdx.x);
 }
 
 __global__ void probe_layouts(const int* page_table_row, int page_size, int* out) {

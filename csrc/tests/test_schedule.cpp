@@ -302,7 +302,8 @@ void test_split_work() {
     for (int num_ctas : {1, 2, 3, 7, 40, 300})
       for (int max_splits : {0, 2, 3, 9})
         for (int longest = 1; longest <= total; longest += longest < 9 ? 1 : 13) {
-          const WorkSplit split = split_work(total, num_ctas, max_splits, longest);
+          const int tile_m = longest % 2 == 0 ? kDecodeFewRows : kDecodeManyRows;
+          const WorkSplit split = split_work(total, num_ctas, max_splits, longest, tile_m);
           const int parts = split.num_parts();
           CHECK(1 <= parts && parts <= num_ctas, "parts total=%d longest=%d", total, longest);
           CHECK(split.begin(0) == 0 && split.begin(parts) == total, "covers total=%d", total);

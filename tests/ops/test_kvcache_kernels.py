@@ -18,7 +18,7 @@ from kernel_cases import BF16, DEVICE, DTYPES
 from torch import Tensor
 
 import flash_attn_ext as fa
-from flash_attn_ext import UnsupportedError, plans
+from flash_attn_ext import UnsupportedError, _checks, plans
 from flash_attn_ext.reference import CacheResult, kvcache_attention_reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
@@ -92,6 +92,31 @@ CASES = {
     "rotary": CacheCase(seqlens_new=(1, 1, 1), rotary="interleaved"),
     "rotary_causal": CacheCase(
         seqlens_new=(3, 3, 3), seqlens_q=(3, 3, 3), rotary="halves", window=(-1, 0)
+    ),
+    "rotary_packed_paged_leftpad": CacheCase(
+        seqlens_q=(70, 0, 2),
+        packed_q=True,
+        seqlens_new=(9, 1, 17),
+        packed_new=True,
+        leftpad=(3, 0, 100),
+        page_size=5,
+        batch_idx=(3, 0, 4),
+        rotary="interleaved",
+        window=(-1, 0),
+    ),
+    "new_keys_before_the_window": CacheCase(
+        seqlens_new=(150, 150, 150), slots=500, rotary="halves", window=(20, 0)
+    ),
+    # Enough queries for the forward kernel of SM90.
+    "prefill": CacheCase(heads=(16, 4), seqlens_q=(200, 200, 200), slots=400, window=(-1, 0)),
+    "prefill_appended": CacheCase(
+        heads=(16, 4),
+        seqlens_q=(200, 200, 200),
+        seqlens_new=(200, 200, 200),
+        slots=555,
+        leftpad=(50, 0, 0),
+        rotary="interleaved",
+        window=(-1, 0),
     ),
 }
 
@@ -283,6 +308,94 @@ def test_cache_with_strides() -> None:
     q = torch.randn(2, 1, 4, 64, dtype=BF16, device=DEVICE)
     out = fa.flash_attn_with_kvcache(q, k, v)
     assert torch.equal(out, fa.flash_attn_with_kvcache(q, k.contiguous(), v.contiguous()))
+
+
+@DTYPES
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("seqlen", [1, 3, 70])
+@pytest.mark.parametrize(("page_size", "head_dim", "rotary_dim"), [(None, 128, 128), (16, 96, 32)])
+def test_append_in_the_call_equals_its_steps(
+    interleaved: bool,
+    seqlen: int,
+    page_size: int | None,
+    head_dim: int,
+    rotary_dim: int,
+    dtype: torch.dtype,
+) -> None:
+    """Bitwise: append_kv, rotary of q and attention in calls of their own."""
+    case = CacheCase(
+        head_dims=(head_dim, head_dim),
+        seqlens_q=(seqlen,) * 3,
+        seqlens_new=(seqlen,) * 3,
+        slots=400,
+        page_size=page_size,
+        window=(-1, 0),
+    )
+    call = on_device(case, build(case, dtype))
+    angles = torch.rand(400, rotary_dim // 2, device=DEVICE) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    k, v, before = call.pop("k"), call.pop("v"), call["cache_seqlens"]
+    apart = {name: call[name].clone() for name in ("k_cache", "v_cache")}
+    call |= {"rotary_interleaved": interleaved}
+    together = fa.flash_attn_with_kvcache(**call | {"rotary_cos": cos, "rotary_sin": sin}, k=k, v=v)
+    ops = torch.ops.flash_attn_ext
+    table = (cos, sin, None, interleaved)
+    ops.append_kv.default(*apart.values(), k, v, before, None, call["page_table"], None, *table)
+    q = ops.rotary.default(call["q"], cos, sin, before, None, seqlen, interleaved, False, False)
+    steps = fa.flash_attn_with_kvcache(
+        **call | apart | {"q": q, "cache_seqlens": before + seqlen, "rotary_cos": None}
+    )
+    assert all(torch.equal(a, b) for a, b in zip(together, steps, strict=True))
+    for name, cache in apart.items():
+        assert torch.equal(call[name].nan_to_num(), cache.nan_to_num())
+        assert torch.equal(call[name].isnan(), cache.isnan())
+
+
+def test_nothing_is_written_outside_the_caches() -> None:
+    """Lengths and page ids that are out of range, among guard rows on both sides."""
+    pool = torch.zeros(2, 14, 16, 2, 64, device=DEVICE, dtype=BF16)
+    caches = pool[:, 3:11]
+    table = torch.arange(8, dtype=torch.int32, device=DEVICE).view(4, 2)
+    table[3] = torch.tensor([NO_PAGE, -NO_PAGE])
+    q, k, v = (torch.randn(4, 5, heads, 64, device=DEVICE, dtype=BF16) for heads in (8, 2, 2))
+    lengths = int32([30, 1_000_000, -3, 2], DEVICE)
+    for page_table in (table, None):
+        pool.zero_()
+        rows = caches if page_table is not None else caches[:, :4]
+        fa.flash_attn_with_kvcache(
+            q, *rows, k, v, cache_seqlens=lengths, page_table=page_table, causal=True
+        )
+        assert (pool[:, :3] == 0).all()
+        assert (pool[:, 11:] == 0).all()
+        assert (rows[0] != 0).any()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"cache_seqlens": [5, 30, 8]}, r"cache_seqlens\[1\]: got 30, expected 0 to 29"),
+        ({"cache_seqlens": [5, 6, -2]}, r"cache_seqlens\[2\]: got -2, expected 0 to 29"),
+        ({"cache_leftpad": [1, 40, 0]}, r"cache_leftpad\[1\]: got 40, expected 0 to"),
+        ({"page_table": [[0, 1], [2, 3], [4, 77]]}, r"page_table\[2, 1\]: got 77, expected a page"),
+    ],
+    ids=str,
+)
+def test_debug_mode_names_the_sequence(
+    wrong: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FLASH_ATTN_EXT_DEBUG=1 reads what lies on the GPU, before anything is written."""
+    caches = torch.zeros(2, 6, 16, 2, 64, device=DEVICE, dtype=BF16)
+    new = torch.ones(3, 3, 2, 64, device=DEVICE, dtype=BF16)
+    call = {
+        "cache_seqlens": [5, 6, 20],
+        "page_table": [[0, 1], [2, 3], [4, 5]],
+        **wrong,
+    }
+    tensors = {name: torch.tensor(x, dtype=torch.int32, device=DEVICE) for name, x in call.items()}
+    monkeypatch.setattr(_checks, "DEBUG", True)
+    with pytest.raises(ValueError, match=text):
+        fa.flash_attn_with_kvcache(new.repeat(1, 1, 2, 1), *caches, new, new, **tensors)
+    assert (caches == 0).all()
 
 
 def test_results_repeat() -> None:

@@ -37,21 +37,37 @@ FA_HD constexpr int append_kv_units_per_row(const AppendKvParams& p) {
   return row_units(p.head_dim, p.table.rotary_dim, kVec) + row_units(p.head_dim_v, 0, kVec);
 }
 
-template <class T, int kVec, int kHeads>
-__global__ void __launch_bounds__(kAppendKvThreads, kAppendKvCtasPerSm)
-    append_kv_kernel(const __grid_constant__ AppendKvParams p, FastDiv by_token, FastDiv by_row,
-                     FastDiv by_page, int tile_tokens) {
+// How the new tokens are cut into tiles, one for a CTA.
+struct AppendKvTiles {
+  FastDiv by_token, by_row, by_page;  // units of a token, units of a row, tokens of a page
+  int tile_tokens, num_tiles;
+};
+template <int kVec>
+inline AppendKvTiles append_kv_tiles(const AppendKvParams& p, int num_threads) {
+  const bool varlen = p.cu_seqlens_new != nullptr;
+  const int per_row = append_kv_units_per_row<kVec>(p);
+  const int per_token = units_per_token(p.num_heads_kv, per_row);
+  const int tile_tokens = tokens_per_tile(per_token, num_threads, varlen);
+  const int64_t tiles =
+      per_row == 0 ? 0 : num_token_tiles(varlen, p.batch_size, p.seqlen_new, tile_tokens);
+  return {FastDiv(max(per_token, 1)), FastDiv(max(per_row, 1)), FastDiv(max(p.page_size, 1)),
+          tile_tokens, static_cast<int>(tiles)};
+}
+
+// Appends the tokens of tile `tile_index`, by kThreads threads.
+template <class T, int kVec, int kHeads, int kThreads>
+FA_DEVICE void append_kv_tile(const AppendKvParams& p, const AppendKvTiles& tiles, int tile_index) {
   const TokenTile tile =
-      token_tile(p.cu_seqlens_new, p.batch_size, p.seqlen_new, tile_tokens, blockIdx.x);
+      token_tile(p.cu_seqlens_new, p.batch_size, p.seqlen_new, tiles.tile_tokens, tile_index);
   const int cache_seqlen = p.cache_seqlens[tile.batch];
   const int rotary_offset =
       p.rotary_seqlens == nullptr ? cache_seqlen : p.rotary_seqlens[tile.batch];
   const int key_units = row_units(p.head_dim, p.table.rotary_dim, kVec);
-  const int units = (tile.end - tile.begin) * by_token.divisor();
+  const int units = (tile.end - tile.begin) * tiles.by_token.divisor();
 
-  for (int i = threadIdx.x; i < units; i += kAppendKvThreads) {
-    const auto [tile_token, token_unit] = divide(i, by_token);
-    const auto [head_group, unit] = divide(token_unit, by_row);
+  for (int i = threadIdx.x; i < units; i += kThreads) {
+    const auto [tile_token, token_unit] = divide(i, tiles.by_token);
+    const auto [head_group, unit] = divide(token_unit, tiles.by_row);
     const HeadGroup heads(head_group, p.num_heads_kv);
     const int token = tile.begin + tile_token;
     const bool is_key = unit < key_units;
@@ -64,7 +80,7 @@ __global__ void __launch_bounds__(kAppendKvThreads, kAppendKvCtasPerSm)
                             (tile.first_row + token) * from.token,
                         from.head, heads, columns);
 
-    const CacheSlot slot = cache_slot(p, by_page, tile.batch, cache_seqlen + token);
+    const CacheSlot slot = cache_slot(p, tiles.by_page, tile.batch, cache_seqlen + token);
     if (slot.index < 0) continue;
     units_of_heads.turn(p.table, rotary_offset + token, columns);
     const Strides& to = is_key ? p.k_cache_strides : p.v_cache_strides;
@@ -74,20 +90,21 @@ __global__ void __launch_bounds__(kAppendKvThreads, kAppendKvCtasPerSm)
   }
 }
 
+template <class T, int kVec, int kHeads>
+__global__ void __launch_bounds__(kAppendKvThreads, kAppendKvCtasPerSm)
+    append_kv_kernel(const __grid_constant__ AppendKvParams p, AppendKvTiles tiles) {
+  append_kv_tile<T, kVec, kHeads, kAppendKvThreads>(p, tiles, blockIdx.x);
+}
+
 template <class T>
 int launch_append_kv(const AppendKvParams& p, cudaStream_t stream) {
-  const bool varlen = p.cu_seqlens_new != nullptr;
-  const int per_row =
-      p.vectorized ? append_kv_units_per_row<kVecSize<T>>(p) : append_kv_units_per_row<1>(p);
-  const int per_token = units_per_token(p.num_heads_kv, per_row);
-  const int tile_tokens = tokens_per_tile(per_token, kAppendKvThreads, varlen);
-  const int64_t tiles = num_token_tiles(varlen, p.batch_size, p.seqlen_new, tile_tokens);
-  if (tiles == 0 || per_row == 0) return cudaSuccess;
+  const AppendKvTiles tiles = p.vectorized ? append_kv_tiles<kVecSize<T>>(p, kAppendKvThreads)
+                                           : append_kv_tiles<1>(p, kAppendKvThreads);
+  if (tiles.num_tiles == 0) return cudaSuccess;
   const auto kernel = !p.vectorized         ? append_kv_kernel<T, 1, kHeadsPerThread>
                       : p.num_heads_kv == 1 ? append_kv_kernel<T, kVecSize<T>, 1>
                                             : append_kv_kernel<T, kVecSize<T>, kHeadsPerThread>;
-  kernel<<<static_cast<unsigned>(tiles), kAppendKvThreads, 0, stream>>>(
-      p, FastDiv(per_token), FastDiv(per_row), FastDiv(max(p.page_size, 1)), tile_tokens);
+  kernel<<<tiles.num_tiles, kAppendKvThreads, 0, stream>>>(p, tiles);
   return cudaGetLastError();
 }
 

@@ -19,12 +19,15 @@
 #include <type_traits>
 
 #include "attention/apply_mask.h"
+#include "attention/rotary.h"
 #include "attention/score_mod.h"
 #include "attention/softmax.h"
 #include "core/page_table.h"
 #include "core/params.h"
+#include "core/rotary.h"
 #include "core/tile_config.h"
 #include "kernels/launch.h"
+#include "kernels/sm80/decode_rows.h"
 #include "kernels/sm80/decode_work.h"
 #include "kernels/tile_counter.h"
 #include "ptx/global_memory.h"
@@ -37,97 +40,7 @@
 
 namespace fa {
 
-// Online softmax of two rows of a lane, as attention/softmax.h, in log2 units. Every row moves its
-// reference on its own, so that a result does not depend on the other rows of its tile.
-template <class T>
-struct RowSoftmax {
-  float row_max[2] = {-INFINITY, -INFINITY};
-  float row_sum[2] = {0.f, 0.f};
-
-  template <int kN, int kD>
-  FA_DEVICE void step(AccumTile<1, kN>& acc_s, AccumTile<1, kD>& acc_o) {
-    float high[2];
-    bool moves = false;
-    FA_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      high[r] = -INFINITY;
-      FA_UNROLL
-      for (int n = 0; n < kN; ++n)
-        high[r] = fmaxf(high[r], fmaxf(acc_s.x[0][n][2 * r], acc_s.x[0][n][2 * r + 1]));
-      moves |= high[r] - row_max[r] > kMaxWeightLog2<T>;  // false for -inf - -inf
-    }
-    if (__any_sync(0xffffffffu, moves)) {
-      FA_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        high[r] = fmaxf(high[r], __shfl_xor_sync(0xffffffffu, high[r], 1));
-        high[r] = fmaxf(high[r], __shfl_xor_sync(0xffffffffu, high[r], 2));
-        if (!(high[r] - row_max[r] > kMaxWeightLog2<T>)) continue;
-        const float factor = ptx::ex2_approx_ftz(row_max[r] - high[r]);
-        row_max[r] = high[r];
-        row_sum[r] *= factor;
-        FA_UNROLL
-        for (int d = 0; d < kD; ++d) {
-          acc_o.x[0][d][2 * r] *= factor;
-          acc_o.x[0][d][2 * r + 1] *= factor;
-        }
-      }
-    }
-    FA_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const float reference = finite_max(row_max[r]);
-      FA_UNROLL
-      for (int n = 0; n < kN; ++n) {
-        FA_UNROLL
-        for (int i = 2 * r; i < 2 * r + 2; ++i) {
-          float& weight = acc_s.x[0][n][i];
-          weight = ptx::ex2_approx_ftz(weight - reference);
-          row_sum[r] += weight;
-        }
-      }
-    }
-  }
-
-  // Adds up the sums of the lanes of a quad; once, behind the last step.
-  FA_DEVICE void finish() {
-    FA_UNROLL
-    for (float& sum : row_sum) {
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    }
-  }
-};
-
-// Four columns of a row, merged from results over disjoint sets of keys. Maxima in log2 units.
-struct MergedRow {
-  float4 acc = {0.f, 0.f, 0.f, 0.f};
-  float sum = 0.f, max = -INFINITY;
-
-  // results: that of part 0, a row of decode_result_words(kHeadDim) floats.
-  template <int kHeadDim>
-  FA_DEVICE void add(const float* results, int part_stride, int num_parts, int col) {
-    const float* statistics = results + kHeadDim;
-    const float old_max = max;
-#pragma unroll 4
-    for (int part = 0; part < num_parts; ++part) max = fmaxf(max, statistics[part * part_stride]);
-    const float reference = finite_max(max);
-    const float rescale = ptx::ex2_approx_ftz(old_max - reference);
-    sum *= rescale;
-    acc = {acc.x * rescale, acc.y * rescale, acc.z * rescale, acc.w * rescale};
-#pragma unroll 4
-    for (int part = 0; part < num_parts; ++part) {
-      const float2 x = *reinterpret_cast<const float2*>(statistics + part * part_stride);
-      const float4 o = *reinterpret_cast<const float4*>(results + part * part_stride + col);
-      const float weight = ptx::ex2_approx_ftz(x.x - reference);
-      sum += weight * x.y;
-      acc.x += weight * o.x;
-      acc.y += weight * o.y;
-      acc.z += weight * o.z;
-      acc.w += weight * o.w;
-    }
-  }
-};
-
-template <class T, int kHeadDim, int kTileM>
+template <class T, int kHeadDim, int kTileM, bool kAppends>
 struct DecodeCta {
   static constexpr int kWarps = kDecodeThreads / kWarpSize;
   static constexpr int kKeyParts = kTileM == kDecodeFewRows ? kWarps : 1;
@@ -140,6 +53,8 @@ struct DecodeCta {
   static constexpr int kResultsBegin = kRunsAhead ? kRingBytes : 0;  // bytes
   static constexpr int kResultWords = decode_result_words(kHeadDim);
   static constexpr int kColumnGroups = kHeadDim / 4;  // of 4 columns, in a row of results
+  static constexpr int kLaneGroups = decode_lane_groups(kHeadDim);
+  static constexpr int kMergeLoads = kHeadDim > 128 ? 8 : 16;
   static constexpr bool kQInRegs = kRunsAhead;
   using Unit = SmemTile<kDecodeTileN, kHeadDim>;
   using TileQ = SmemTile<kTileM, kHeadDim>;
@@ -166,10 +81,12 @@ struct DecodeCta {
   int load_block = 0, load_end = 0;
   bool load_values = false;  // of the block, else its keys
   int load_slot = 0;
-  int num_ahead = 0;         // units that are copied and not yet computed
-  const T *load_k, *load_v;  // of load_index's KV head: this lane's first chunk of token 0
+  int num_ahead = 0;                 // units that are copied and not yet computed
+  const T *load_k, *load_v;          // of load_index's KV head: this lane's first chunk of token 0
+  const T *load_new_k, *load_new_v;  // the same among the new tokens
   int load_seqlen;
-  int page = 0, page_row;  // lanes below 16: where key `lane` of this warp's 16 is
+  int page = 0, page_row;  // lanes below 16: where key `lane` of this warp's 16 is; page < 0: it is
+                           // new token page_row
 
   FA_DEVICE const DecodeItem& item() const { return shared.items[index % 3]; }
   FA_DEVICE int group() const { return launch.by_group.divisor(); }
@@ -188,7 +105,13 @@ struct DecodeCta {
   FA_DEVICE void find_page() {
     const DecodeItem& from = shared.items[load_index % 3];
     const int key = load_block * kDecodeTileN + warp * kCopyKeys + lane % kCopyKeys;
-    page_row = from.entry.k_seq.leftpad + min(key, from.entry.k_seq.seqlen - 1);
+    const int last_key = min(key, from.entry.k_seq.seqlen - 1);
+    if (kAppends && last_key >= from.appended_at) {
+      page = -1;
+      page_row = last_key - from.appended_at;
+      return;
+    }
+    page_row = from.entry.k_seq.leftpad + last_key;
     page = from.cache;
     if (p.page_table == nullptr) return;
     const auto [at, row] = divide(page_row, launch.by_page);
@@ -207,6 +130,19 @@ struct DecodeCta {
       load_seqlen = next.entry.k_seq.seqlen;
       load_k = static_cast<const T*>(p.k) + next.head_kv * p.k_strides.head + lane % kLanes * 8;
       load_v = static_cast<const T*>(p.v) + next.head_kv * p.v_strides.head + lane % kLanes * 8;
+      if constexpr (kAppends) {
+        const AppendKvParams& a = p.append;
+        const int batch = next.entry.batch;
+        const int64_t row = a.cu_seqlens_new == nullptr ? 0 : a.cu_seqlens_new[batch];
+        const auto head_of_new = [&](const void* x, const Strides& strides) {
+          return static_cast<const T*>(x) +
+                 element_offset(strides.batch, strides.token, strides.head, batch, row,
+                                next.head_kv) +
+                 lane % kLanes * 8;
+        };
+        load_new_k = head_of_new(a.k, a.k_strides);
+        load_new_v = head_of_new(a.v, a.v_strides);
+      }
       if (load_block < load_end) find_page();
     }
     if (load_block < load_end) {
@@ -234,6 +170,11 @@ struct DecodeCta {
       const int key_page = __shfl_sync(0xffffffffu, page, row + i * kRowsPerPass);
       const int key_row = __shfl_sync(0xffffffffu, page_row, row + i * kRowsPerPass);
       const T* key = head + key_page * page_stride + key_row * row_stride;
+      if constexpr (kAppends) {
+        const int64_t new_stride =
+            load_values ? p.append.v_strides.token : p.append.k_strides.token;
+        if (key_page < 0) key = (load_values ? load_new_v : load_new_k) + key_row * new_stride;
+      }
       const uint32_t to = unit.chunk_address(warp * kCopyKeys + row + i * kRowsPerPass, chunk);
       FA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
@@ -244,23 +185,62 @@ struct DecodeCta {
     }
   }
 
-  // The oldest unit is complete, and the one before it is read by all that read it.
-  FA_DEVICE void wait_unit() const {
+  // Turns the first rotary_dim elements of rows [begin, end) of a tile by positions(row).
+  template <int kRowsOfTile, class Position>
+  FA_DEVICE void rotate_rows(SmemTile<kRowsOfTile, kHeadDim> tile, int begin, int end, int thread,
+                             int num_threads, Position position) const {
+    constexpr int kVec = kVecSize<T>;
+    const RotaryTable& table = p.append.table;
+    const int units = rotated_units(table.rotary_dim, kVec);
+#pragma unroll 1
+    for (int i = thread; i < (end - begin) * units; i += num_threads) {
+      const int row = begin + i / units;
+      const UnitColumns columns =
+          unit_columns(p.head_dim, table.rotary_dim, table.interleaved, kVec, i % units);
+      const uint32_t first = tile.chunk_address(row, columns.first / kVec);
+      const uint32_t second = tile.chunk_address(row, columns.second / kVec);
+      RowUnit<T, kVec> unit;
+      *reinterpret_cast<uint4*>(unit.first.x) = ptx::ld_shared_v4(first);
+      *reinterpret_cast<uint4*>(unit.second.x) = ptx::ld_shared_v4(second);
+      rotate(unit, RotaryAngles<T, kVec>(table, position(row), columns), table.interleaved);
+      ptx::st_shared_v4(first, *reinterpret_cast<const uint4*>(unit.first.x));
+      ptx::st_shared_v4(second, *reinterpret_cast<const uint4*>(unit.second.x));
+    }
+  }
+  // New keys come as they were given: this warp turns those that it has copied of a block.
+  FA_DEVICE void rotate_new_keys(int block) const {
+    const int first_key = block * kDecodeTileN + warp * kCopyKeys;
+    const int begin = max(0, item().appended_at - first_key);
+    const int end = min(kCopyKeys, item().entry.k_seq.seqlen - first_key);
+    if (begin >= end) return;
+    __syncwarp();  // the copies of all lanes are complete
+    rotate_rows(Unit{smem + slot * Unit::kBytes + warp * kCopyKeys * Unit::kRowBytes}, begin, end,
+                lane, kWarpSize,
+                [&](int row) { return item().rotary_base + first_key + row - item().appended_at; });
+  }
+
+  // Unit `unit` is complete, and the one before it is read by all that read it.
+  FA_DEVICE void wait_unit(int unit) const {
     ptx::cp_async_wait_group<kUnits - 2>();
+    if (kAppends && unit % 2 == 0) rotate_new_keys(item().begin + unit / 2);
     if constexpr (kKeyParts == 1) {
       __syncthreads();
     } else {
       __syncwarp();
     }
   }
-  // Starts copying Q.
+  // Rows of the tile that attend.
+  FA_DEVICE int num_rows() const {
+    return min(kTileM, item().entry.q_seq.seqlen * group() - first_row());
+  }
+  // Starts copying Q. What the other rows of the tile hold gets into no other row.
   FA_DEVICE void copy_q() const {
     const DecodeEntry& entry = item().entry;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kTileM * TileQ::kChunksPerRow; i += kDecodeThreads) {
+    for (int i = threadIdx.x; i < num_rows() * TileQ::kChunksPerRow; i += kDecodeThreads) {
       const int row = i / TileQ::kChunksPerRow, chunk = i % TileQ::kChunksPerRow;
       const auto [token, head] = divide(first_row() + row, launch.by_group);
-      const bool exists = token < entry.q_seq.seqlen && chunk * 8 < p.head_dim;
+      const bool exists = chunk * 8 < p.head_dim;
       const int64_t offset =
           element_offset(p.q_strides.batch, p.q_strides.token, p.q_strides.head, entry.batch,
                          entry.q_seq.first_row + token, item().head_kv * group() + head) +
@@ -327,14 +307,21 @@ struct DecodeCta {
     }
   }
 
-  // Reads Q, whose group is the second of a CTA, or the last.
-  FA_DEVICE void read_q(bool is_second) {
-    if (is_second) {
+  // Reads Q, whose group is the first of a CTA, or the last.
+  FA_DEVICE void read_q(bool is_first) {
+    if (is_first) {
       ptx::cp_async_wait_group<kUnits - 2>();
     } else {
       ptx::cp_async_wait_group<0>();
     }
     __syncthreads();  // Q is complete
+    if (kAppends && p.append.table.rotary_dim > 0) {
+      rotate_rows(smem_q(), 0, num_rows(), threadIdx.x, kDecodeThreads, [&](int row) {
+        const int token = launch.by_group.divide(first_row() + row);
+        return rotary_position(item().rotary_base, token, p.same_position);
+      });
+      __syncthreads();  // Q is rotated
+    }
     if constexpr (kQInRegs) {
       FA_UNROLL
       for (int k = 0; k < kSteps; ++k) load_q_operand(k, q.x[0][k]);
@@ -380,6 +367,7 @@ struct DecodeCta {
     const bool has_rows =
         kKeyParts > 1 || first_row() + 16 * warp < item().entry.q_seq.seqlen * group();
     const int begin = item().begin, num_units = 2 * (item().end - begin);
+    if (num_units > 0) copy_q();
     AccumTile<1, kN> acc_s;
     acc_o.clear();
     softmax = {};
@@ -388,15 +376,13 @@ struct DecodeCta {
     // complete if at most kUnits - 2 groups are younger: every turn has made one, so there are that
     // many, empty ones included.
     const int first = num_ahead - (kUnits - 1);
-    const int q_at = min(first + 1, 0);  // behind the first unit
 #pragma unroll 1
     for (int unit = first; unit < num_units; ++unit) {
-      if (unit == q_at) copy_q();
       if (unit == 0) {
         find_next();
-        read_q(index == 0);
+        read_q(index == 0 || !kRunsAhead);
       }
-      if (unit >= 0) wait_unit();
+      if (unit >= 0) wait_unit(unit);
       load_next(unit >= 0 ? index + kRunsAhead : index);
       if (unit < 0) continue;
       if (has_rows) {
@@ -449,9 +435,10 @@ struct DecodeCta {
       visit(i / kColumnGroups, i % kColumnGroups * 4);
   }
 
-  // The result of a part of the tile that CTA `cta` has: the begin of the tile, or another.
-  FA_DEVICE float* partial(int cta) const {
-    const int64_t at = 2 * cta + (cta == item().first_cta);
+  // The result of CTA `cta` for a tile: the one that it has the begin of, or another. Those of a
+  // tile follow each other but for the first.
+  FA_DEVICE float* partial(int cta, bool is_first) const {
+    const int64_t at = cta + (is_first ? gridDim.x : 0);
     return p.partial + at * (kTileM * kResultWords);
   }
 
@@ -476,15 +463,30 @@ struct DecodeCta {
         *reinterpret_cast<float2*>(row + kHeadDim) = {softmax.row_max[r], softmax.row_sum[r]};
     }
     __syncthreads();  // the results of all warps are there
-    const bool whole = item().first_cta == item().last_cta;
+    const bool whole = item().is_whole;
     for_each_group(0, rows, [&](int row, int col) {
+      const float* result = results() + row % kTileM * kResultWords;
       MergedRow merged;
-      merged.template add<kHeadDim>(results() + row % kTileM * kResultWords, kTileM * kResultWords,
-                                    kKeyParts, col);
+      float max = -INFINITY;
+      FA_UNROLL
+      for (int part = 0; part < kKeyParts; ++part)
+        max = fmaxf(max, result[part * kTileM * kResultWords + kHeadDim]);
+      merged.rescale(max);
+      FA_UNROLL
+      for (int part = 0; part < kKeyParts; ++part) {
+        const float* from = result + part * kTileM * kResultWords;
+        const float2 statistics = *reinterpret_cast<const float2*>(from + kHeadDim);
+        const float weight = ptx::ex2_approx_ftz(statistics.x - finite_max(max));
+        merged.sum += weight * statistics.y;
+        merged.add(*reinterpret_cast<const float4*>(from + col), weight);
+      }
       if (whole) return store_row(row, col, merged);
-      float* to = partial(blockIdx.x) + row * kResultWords;
+      float* to = partial(blockIdx.x, static_cast<int>(blockIdx.x) == item().first_cta) +
+                  row * kResultWords;
       *reinterpret_cast<float4*>(to + col) = merged.acc;
-      if (col == 0) *reinterpret_cast<float2*>(to + kHeadDim) = {merged.max, merged.sum};
+      // The whole sector of 32 bytes: L2 would read the rest of it from memory when it is read.
+      if (col < 8)
+        *reinterpret_cast<float4*>(to + kHeadDim + col) = {merged.max, merged.sum, 0.f, 0.f};
     });
     if (!whole) merge_parts(rows);
   }
@@ -508,60 +510,55 @@ struct DecodeCta {
     }
     __syncthreads();  // is_last is set
     if (!shared.is_last) return;
-    // Through shared memory, so that everything is under way at once: all of it if the ring is
-    // free. As many rows of all parts as have room; or one row of some parts after the others.
-    const bool ring_is_free = !kRunsAhead || shared.items[(index + 1) % 3].end < 0;
-    char* buffer = smem_begin + (ring_is_free ? 0 : kResultsBegin);
-    const int capacity =
-        ring_is_free ? kRunsAhead ? kSmemBytes : kRingBytes : kSmemBytes - kResultsBegin;
-    const int rows_fit = capacity / (kResultWords * 4);
-    const int parts_at_once = min(num_parts, rows_fit);
-    const int rows_at_once = rows_fit / parts_at_once;
-    MergedRow merged;
+    // kMergeLoads loads of each lane are under way at a time.
+    constexpr int kParts = kMergeLoads / kLaneGroups;
+    if (rows > kWarps && num_parts <= kParts / 2) {
+      merge_rows<2, kParts / 2>(rows, first, num_parts);
+    } else {
+      merge_rows<1, kParts>(rows, first, num_parts);
+    }
+  }
+
+  // Merges parts of the tile that begins in CTA `first`, kNumParts of kNumRows rows of a warp at a
+  // time.
+  template <int kNumRows, int kNumParts>
+  FA_DEVICE void merge_rows(int rows, int first, int num_parts) const {
+    using Parts = PartsOfRow<kHeadDim, kNumParts>;
+    constexpr int kStride = kTileM * kResultWords;
 #pragma unroll 1
-    for (int begin = 0; begin < rows; begin += rows_at_once) {
-      const int count = min(rows_at_once, rows - begin);
+    for (int begin = warp; begin < rows; begin += kNumRows * kWarps) {
+      MergedRow merged[kNumRows][kLaneGroups];
 #pragma unroll 1
-      for (int part = 0; part < num_parts; part += parts_at_once) {
-        const int parts = min(parts_at_once, num_parts - part);
-        copy_parts(buffer, part, parts, begin, count);
-        for_each_group(begin, begin + count, [&](int row, int col) {
-          if (part == 0) merged = {};
-          merged.template add<kHeadDim>(
-              reinterpret_cast<const float*>(buffer) + (row - begin) * kResultWords,
-              count * kResultWords, parts, col);
-          if (part + parts == num_parts) store_row(row, col, merged);
-        });
-        __syncthreads();  // the buffer is read
+      for (int part = 0; part < num_parts; part += kNumParts) {
+        Parts parts[kNumRows];
+        FA_UNROLL
+        for (int r = 0; r < kNumRows; ++r) {
+          const int row = begin + r * kWarps;
+          const float* from = partial(first + part, false) + row * kResultWords;
+          parts[r].load(part == 0 ? partial(first, true) + row * kResultWords : from, from, kStride,
+                        row < rows ? num_parts - part : 0, lane);
+        }
+        FA_UNROLL
+        for (int r = 0; r < kNumRows; ++r) parts[r].add_to(merged[r]);
+      }
+      FA_UNROLL
+      for (int r = 0; r < kNumRows; ++r) {
+        FA_UNROLL
+        for (int g = 0; g < kLaneGroups; ++g) {
+          const int row = begin + r * kWarps, group = lane + g * kWarpSize;
+          if (row < rows && group < kColumnGroups) store_row(row, 4 * group, merged[r][g]);
+        }
       }
     }
   }
-
-  // Copies rows [begin, begin + count) of parts [part, part + num_parts) into the buffer.
-  FA_DEVICE void copy_parts(char* buffer, int part, int num_parts, int begin, int count) const {
-    const int chunks = count * (kResultWords / 4);  // of 16 bytes, of a part
-    const uint32_t to = ptx::cvta_to_shared(buffer);
-#pragma unroll 1
-    for (int i = warp; i < num_parts; i += kWarps) {
-      const float* from = partial(item().first_cta + part + i) + begin * kResultWords;
-#pragma unroll 4
-      for (int chunk = lane; chunk < chunks; chunk += kWarpSize)
-        ptx::cp_async_cg_16(to + (i * chunks + chunk) * 16, from + chunk * 4, 16);
-    }
-    ptx::cp_async_commit_group();
-    ptx::cp_async_wait_group<0>();
-    __syncthreads();  // the rows of all parts are there
-  }
 };
 
-template <class T, int kHeadDim, int kTileM>
-__global__ void __launch_bounds__(kDecodeThreads, 2)
-    decode_kernel(const __grid_constant__ DecodeParams p,
-                  const __grid_constant__ DecodeLaunch launch) {
-  using Cta = DecodeCta<T, kHeadDim, kTileM>;
+template <class T, int kHeadDim, int kTileM, bool kAppends>
+FA_DEVICE void decode_tiles(const DecodeParams& p, const DecodeLaunch& launch) {
+  using Cta = DecodeCta<T, kHeadDim, kTileM, kAppends>;
   extern __shared__ __align__(128) char smem[];
   __shared__ DecodeShared shared;
-  if (!find_share<kTileM>(p, launch, shared)) return;
+  if (!find_share<kTileM, kAppends>(p, launch, shared)) return;
 
   Cta cta{p, launch, shared, smem, ptx::cvta_to_shared(smem)};
   cta.warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
@@ -573,8 +570,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     // The next item has to be there before the ring runs ahead into it; its place is that of the
     // item before the last, which everybody is done with.
     cta.run(acc_o, softmax, [&] {
-      if (threadIdx.x == kDecodeThreads - 1)
-        next_item<kTileM>(p, launch, shared.cursor, shared.items[(cta.index + 1) % 3]);
+      if (threadIdx.x == kDecodeThreads - 1) {
+        find_sharers(shared.cursor.split, shared.items[cta.index % 3]);
+        next_item<kTileM, kAppends>(p, launch, shared.cursor, shared.items[(cta.index + 1) % 3]);
+      }
     });
     cta.store(acc_o, softmax);
     __syncthreads();  // the results are read
@@ -582,13 +581,27 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   }
 }
 
-template <class T, int kHeadDim, int kTileM>
+template <class T, int kHeadDim, int kTileM, bool kAppends>
+__global__ void __launch_bounds__(kDecodeThreads, 2)
+    decode_kernel(const __grid_constant__ DecodeLaunch launch,
+                  const __grid_constant__ DecodeParams p) {
+  decode_tiles<T, kHeadDim, kTileM, kAppends>(p, launch);
+  if constexpr (kAppends) {
+    // Nobody reads what is written here, so it needs no order. The last CTAs have the least to do.
+    for (int tile = gridDim.x - 1 - blockIdx.x; tile < launch.append_tiles.num_tiles;
+         tile += gridDim.x)
+      append_kv_tile<T, kVecSize<T>, kHeadsPerThread, kDecodeThreads>(p.append, launch.append_tiles,
+                                                                      tile);
+  }
+}
+
+template <class T, int kHeadDim, int kTileM, bool kAppends>
 int launch_decode_kernel(const DecodeParams& p, const DecodeLaunch& launch, cudaStream_t stream) {
-  using Cta = DecodeCta<T, kHeadDim, kTileM>;
-  constexpr auto kKernel = decode_kernel<T, kHeadDim, kTileM>;
-  const cudaError_t error = allow_dynamic_smem<kKernel>(Cta::kSmemBytes);
+  constexpr int kSmemBytes = decode_smem_bytes(kHeadDim, kTileM);
+  constexpr auto kKernel = decode_kernel<T, kHeadDim, kTileM, kAppends>;
+  const cudaError_t error = allow_dynamic_smem<kKernel>(kSmemBytes);
   if (error != cudaSuccess || p.num_ctas == 0) return error;
-  kKernel<<<p.num_ctas, kDecodeThreads, Cta::kSmemBytes, stream>>>(p, launch);
+  kKernel<<<p.num_ctas, kDecodeThreads, kSmemBytes, stream>>>(launch, p);
   return cudaGetLastError();
 }
 
@@ -611,9 +624,13 @@ int launch_decode(const DecodeParams& p, cudaStream_t stream) {
                               p.num_ctas * sizeof(int), stream);
     if (error != cudaSuccess) return error;
   }
-  return p.tile_m == kDecodeFewRows
-             ? launch_decode_kernel<T, kHeadDim, kDecodeFewRows>(p, launch, stream)
-             : launch_decode_kernel<T, kHeadDim, kDecodeManyRows>(p, launch, stream);
+  const bool few = p.tile_m == kDecodeFewRows;
+  if (p.append.k == nullptr)
+    return few ? launch_decode_kernel<T, kHeadDim, kDecodeFewRows, false>(p, launch, stream)
+               : launch_decode_kernel<T, kHeadDim, kDecodeManyRows, false>(p, launch, stream);
+  launch.append_tiles = append_kv_tiles<kVecSize<T>>(p.append, kDecodeThreads);
+  return few ? launch_decode_kernel<T, kHeadDim, kDecodeFewRows, true>(p, launch, stream)
+             : launch_decode_kernel<T, kHeadDim, kDecodeManyRows, true>(p, launch, stream);
 }
 
 }  // namespace fa

@@ -9,6 +9,7 @@
 #include "core/params.h"
 #include "core/seqlen.h"
 #include "core/tile_config.h"
+#include "kernels/common/append_kv.cuh"
 #include "kernels/tile_counter.h"
 
 namespace fa {
@@ -18,6 +19,7 @@ struct DecodeLaunch {
   FastDiv by_group, by_m_blocks, by_page;
   float scale, softcap_scale;  // scores become scale x, or softcap_scale tanh(scale x): log2 units
   int counter_row;             // of decode_counters; kNoTileCounter: counters are in the workspace
+  AppendKvTiles append_tiles;  // of kDecodeThreads
 };
 
 // Counts the finished parts of a tile, for the CTA that has its first: zero before and after every
@@ -38,8 +40,12 @@ struct DecodeItem {
   DecodeEntry entry;
   int head_kv;
   int begin, end;
-  int first_cta, last_cta;  // that share the tile
-  int cache;                // row of the cache, or of the page table
+  int tile_begin, tile_end;  // positions of the whole tile in the row of all blocks
+  bool is_whole;             // no other CTA has a share of the tile
+  int first_cta, last_cta;   // that share the tile, if it is not whole: set by find_sharers()
+  int cache;                 // row of the cache, or of the page table
+  int appended_at;  // keys from here on are new: key - appended_at is its token among the new ones
+  int rotary_base;  // position of the first new token
 };
 
 // Where a CTA stands in the row of all blocks.
@@ -101,41 +107,63 @@ struct DecodeShared {
   bool is_last;
 };
 
-// The next item of this CTA, and the cursor behind it. One thread.
-template <int kTileM>
-FA_DEVICE void next_item(const DecodeParams& p, const DecodeLaunch& launch, DecodeCursor& cursor,
+// The item at the cursor: its entry is there and has some of the offset's positions. Moves the
+// cursor behind it.
+template <bool kAppends>
+FA_DEVICE void take_item(const DecodeParams& p, int positions, DecodeCursor& cursor,
                          DecodeItem& item) {
-  item.end = -1;
-  if (cursor.position == cursor.end) return;
-  DecodeEntry& entry = item.entry;
-  int at = cursor.entry, offset = cursor.offset, positions;
-#pragma unroll 1
-  for (;; ++at) {
-    if (!decode_entry<kTileM>(p, launch, at, entry)) continue;
-    positions = tile_positions(p, entry);
-    if (offset < positions * p.num_heads_kv) break;
-    offset -= positions * p.num_heads_kv;
-  }
-  item.head_kv = offset / positions;
+  const DecodeEntry& entry = item.entry;
+  const int offset = cursor.offset;
+  item.head_kv = static_cast<unsigned>(offset) / static_cast<unsigned>(positions);
   const int first = offset - item.head_kv * positions;
   const int count = min(positions - first, cursor.end - cursor.position);
   item.begin = entry.blocks.begin + first;
   item.end = p.num_splits == 1 ? entry.blocks.end : min(entry.blocks.end, item.begin + count);
-  const int tile_begin = cursor.position - first;
-  item.first_cta = cursor.split.part_of(tile_begin);
-  item.last_cta = cursor.split.part_of(tile_begin + positions - 1);
-  cursor.entry = at;
+  item.tile_begin = cursor.position - first;
+  item.tile_end = item.tile_begin + positions;
+  item.is_whole = count == positions;
   cursor.offset = offset + count;
   cursor.position += count;
   if (entry.batch >= p.batch_size) return;
   const bool paged = p.page_table != nullptr;
   const int row = p.cache_batch_idx == nullptr ? entry.batch : p.cache_batch_idx[entry.batch];
   item.cache = clamp(row, 0, (paged ? p.page_table_rows : p.num_caches) - 1);
+  if constexpr (kAppends) {
+    const int cache_seqlen = p.append.cache_seqlens[entry.batch];
+    item.appended_at = cache_seqlen - entry.k_seq.leftpad;
+    item.rotary_base =
+        p.append.rotary_seqlens == nullptr ? cache_seqlen : p.append.rotary_seqlens[entry.batch];
+  }
+}
+
+// Which CTAs share the tile; one thread, apart from take_item() because of its divisions.
+FA_DEVICE void find_sharers(const WorkSplit& split, DecodeItem& item) {
+  if (item.is_whole) return;
+  item.first_cta = split.part_of(item.tile_begin);
+  item.last_cta = split.part_of(item.tile_end - 1);
+}
+
+// The next item of this CTA, and the cursor behind it. One thread.
+template <int kTileM, bool kAppends>
+FA_DEVICE void next_item(const DecodeParams& p, const DecodeLaunch& launch, DecodeCursor& cursor,
+                         DecodeItem& item) {
+  item.end = -1;
+  if (cursor.position == cursor.end) return;
+  DecodeEntry& entry = item.entry;
+  int positions;
+#pragma unroll 1
+  for (;; ++cursor.entry) {
+    if (!decode_entry<kTileM>(p, launch, cursor.entry, entry)) continue;
+    positions = tile_positions(p, entry);
+    if (cursor.offset < positions * p.num_heads_kv) break;
+    cursor.offset -= positions * p.num_heads_kv;
+  }
+  take_item<kAppends>(p, positions, cursor, item);
 }
 
 // The share of this CTA: counts the positions of all entries, 128 threads side by side; the thread
 // whose entries have the begin of the share finds the first item. false: this CTA has none.
-template <int kTileM>
+template <int kTileM, bool kAppends>
 FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch, DecodeShared& shared) {
   const int m_blocks = launch.by_m_blocks.divisor();
   const int num_entries = (p.batch_size + (p.seqlens_q.cu_seqlens != nullptr)) * m_blocks;
@@ -143,11 +171,12 @@ FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch, Dec
   const int first = threadIdx.x * per_thread, end = min(num_entries, first + per_thread);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   int sum = 0, longest = 0;
+  DecodeEntry entry;
+  int positions = 1;
 #pragma unroll 1
   for (int at = first; at < end; ++at) {
-    DecodeEntry entry;
     if (decode_entry<kTileM>(p, launch, at, entry)) {
-      const int positions = tile_positions(p, entry);
+      positions = tile_positions(p, entry);
       sum += positions * p.num_heads_kv;
       longest = max(longest, positions);
     } else {
@@ -177,13 +206,19 @@ FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch, Dec
   if (total == 0) return false;
   // Uncut, a position is a whole tile.
   const int num_ctas = gridDim.x;
-  const WorkSplit split = p.num_splits == 1 ? WorkSplit{total, ceil_div(total, num_ctas)}
-                                            : split_work(total, num_ctas, p.num_splits, longest);
+  const WorkSplit split = p.num_splits == 1
+                              ? WorkSplit{total, ceil_div(total, num_ctas)}
+                              : split_work(total, num_ctas, p.num_splits, longest, kTileM);
   const int begin = blockIdx.x * split.per_part;
   if (begin >= total) return false;
   if (before <= begin && begin < before + sum) {
     shared.cursor = {first, begin - before, begin, min(total, begin + split.per_part), split};
-    next_item<kTileM>(p, launch, shared.cursor, shared.items[0]);
+    if (per_thread == 1) {
+      shared.items[0].entry = entry;
+      take_item<kAppends>(p, positions, shared.cursor, shared.items[0]);
+    } else {
+      next_item<kTileM, kAppends>(p, launch, shared.cursor, shared.items[0]);
+    }
   }
   __syncthreads();  // the first item is there
   return true;
