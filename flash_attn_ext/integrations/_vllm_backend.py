@@ -6,6 +6,7 @@ batched how, the layout of the cache and the writes to it (``do_kv_cache_update`
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -110,8 +111,9 @@ class FlashAttnExtMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignor
     A captured graph serves batches with one number of new tokens for every request, because the
     grid of a kernel follows from ``max_query_len``.
 
-    A batch of whole prompts is marked: the new keys are all keys then, and the kernel for whole
-    sequences, which does not read pages, computes it in a fraction of the time.
+    Whole prompts at the end of a batch, where vLLM appends new requests, are marked: their new keys
+    are all their keys, and the kernel for whole sequences, which does not read pages, computes them
+    in a fraction of the time.
     """
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
@@ -123,29 +125,60 @@ class FlashAttnExtMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignor
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> Any:
-        """The description of a batch, with ``whole_prompts``."""
+        """The description of a batch, with ``prompts``."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        metadata.whole_prompts = _are_whole_prompts(common_attn_metadata)
+        metadata.prompts = _prompts_of(common_attn_metadata)
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
         """The same of an example, whose lengths say nothing of the batches to come."""
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)
-        metadata.whole_prompts = False
+        metadata.prompts = None
         return metadata
 
 
-def _are_whole_prompts(batch: Any) -> bool:
-    """Whether every request has its keys in this batch; False where that is not known on the host.
+@dataclass(frozen=True)
+class Prompts:
+    """The requests at the end of a batch that have all their keys in it.
+
+    Attributes:
+        first: index of the first of these requests.
+        first_token: its first token.
+        query_start_loc: int32, the first token of each, counted from first_token, and the end.
+        max_query_len: of these requests.
+        max_query_len_before: of the requests before them; 0 = there are none.
+    """
+
+    first: int
+    first_token: int
+    query_start_loc: Tensor
+    max_query_len: int
+    max_query_len_before: int
+
+
+def _prompts_of(batch: Any) -> Prompts | None:
+    """None where there are none, or where the host does not know.
 
     The bound of a request's keys is exact while its prompt is computed, and else too large.
     """
     bound = getattr(batch, "seq_lens_cpu_upper_bound", None)
     if bound is None or batch.max_query_len == 1:
-        return False
+        return None
     num_reqs = batch.num_reqs
-    query_lens = batch.query_start_loc_cpu[: num_reqs + 1].diff()
-    return torch.equal(query_lens, bound[:num_reqs].to(query_lens.dtype))
+    starts = batch.query_start_loc_cpu[: num_reqs + 1]
+    query_lens = starts.diff()
+    others = (query_lens != bound[:num_reqs]).nonzero()
+    first = int(others[-1]) + 1 if len(others) else 0
+    if first == num_reqs:
+        return None
+    first_token = int(starts[first])
+    return Prompts(
+        first,
+        first_token,
+        batch.query_start_loc[first : num_reqs + 1] - first_token,
+        int(query_lens[first:].max()),
+        int(query_lens[:first].max()) if first else 0,
+    )
 
 
 class FlashAttnExtImpl(FlashAttentionImpl):  # type: ignore[misc]
@@ -194,40 +227,61 @@ class FlashAttnExtImpl(FlashAttentionImpl):  # type: ignore[misc]
             raise UnsupportedError(f"output_scale: got a tensor, expected None with {_NAME}")
         if attn_metadata is None:
             return output.zero_()
-        num_tokens = attn_metadata.num_actual_tokens
-        options = {
-            "query_start_loc": attn_metadata.query_start_loc,
-            "max_query_len": attn_metadata.max_query_len,
-            "softmax_scale": self.scale,
-            "sliding_window": self.sliding_window,
-            "softcap": self.logits_soft_cap,
-            "alibi_slopes": self.alibi_slopes,
-            "sinks": self.sinks,
-        }
         causal = attn_metadata.causal
         if isinstance(causal, Tensor):
             raise UnsupportedError(
                 f"causal: got one flag for each request, expected one for all with {_NAME}; use "
                 "--attention-backend FLASH_ATTN"
             )
-        is_encoder = self.attn_type in _ENCODERS
-        is_packed = is_encoder or (
-            getattr(attn_metadata, "whole_prompts", False)
-            and self.attn_type == AttentionType.DECODER
-            and self.kv_sharing_target_layer_name is None
-            and key is not None
-        )
-        if is_packed:
-            tensors = (x[:num_tokens] for x in (query, key, value, output))
-            adapter.attend_packed(*tensors, causal=causal and not is_encoder, **options)
-        else:
-            adapter.attend_pages(
-                query[:num_tokens],
-                kv_cache,
-                output[:num_tokens],
-                seq_lens=attn_metadata.seq_lens,
-                block_table=attn_metadata.block_table,
+        options = {
+            "softmax_scale": self.scale,
+            "sliding_window": self.sliding_window,
+            "softcap": self.logits_soft_cap,
+            "alibi_slopes": self.alibi_slopes,
+            "sinks": self.sinks,
+        }
+        num_tokens = attn_metadata.num_actual_tokens
+        if self.attn_type in _ENCODERS:
+            adapter.attend_packed(
+                *(x[:num_tokens] for x in (query, key, value, output)),
+                query_start_loc=attn_metadata.query_start_loc,
+                max_query_len=attn_metadata.max_query_len,
+                **options,
+            )
+            return output
+        num_reqs, max_query_len = len(attn_metadata.seq_lens), attn_metadata.max_query_len
+        prompts = self._prompts(attn_metadata, key)
+        if prompts is not None:
+            first_token = prompts.first_token
+            adapter.attend_packed(
+                *(x[first_token:num_tokens] for x in (query, key, value, output)),
+                query_start_loc=prompts.query_start_loc,
+                max_query_len=prompts.max_query_len,
                 causal=causal,
                 **options,
             )
+            if prompts.first == 0:
+                return output
+            num_tokens, num_reqs = first_token, prompts.first
+            max_query_len = prompts.max_query_len_before
+        adapter.attend_pages(
+            query[:num_tokens],
+            kv_cache,
+            output[:num_tokens],
+            query_start_loc=attn_metadata.query_start_loc[: num_reqs + 1],
+            seq_lens=attn_metadata.seq_lens[:num_reqs],
+            block_table=attn_metadata.block_table[:num_reqs],
+            max_query_len=max_query_len,
+            causal=causal,
+            **options,
+        )
         return output
+
+    def _prompts(self, attn_metadata: Any, key: Tensor | None) -> Prompts | None:
+        """Requests of this layer that need no cache; none where its keys are another layer's."""
+        if self.attn_type != AttentionType.DECODER or key is None:
+            return None
+        if self.kv_sharing_target_layer_name is not None:
+            return None
+        prompts: Prompts | None = getattr(attn_metadata, "prompts", None)
+        return prompts

@@ -108,6 +108,12 @@ class Batch:
         else:
             assert_close_2x(out, self.expected(), self.expected(upcast=False))
 
+    def new_keys(self) -> Tensor:
+        """Rows of key and value that belong to the new tokens."""
+        ends = torch.tensor(self.seq_lens).cumsum(0).tolist()
+        lengths = zip(ends, self.query_lens, strict=True)
+        return torch.cat([torch.arange(end - n, end) for end, n in lengths]).to(self.device)
+
     def attend(self) -> Tensor:
         return integration.attend_pages(
             self.query,
@@ -341,7 +347,8 @@ def run_layer(layer: Any, batch: Batch, metadata: Any, padding: int = 3) -> Tens
         return torch.cat([x, poisoned_empty((padding, *x.shape[1:]), x)])
 
     output = poisoned_empty((len(batch.query) + padding, NUM_HEADS, HEAD_DIM), batch.query)
-    new = padded(batch.query), padded(batch.key), padded(batch.value)
+    rows = batch.new_keys()
+    new = padded(batch.query), padded(batch.key[rows]), padded(batch.value[rows])
     result = layer.forward(torch.nn.Identity(), *new, batch.kv_cache, metadata, output)
     assert result is output
     return result[: len(batch.query)]
@@ -416,20 +423,26 @@ def configured(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("query_lens", "seq_lens", "whole_prompts"),
+    ("query_lens", "seq_lens", "first_prompt"),
     [
-        ([1, 20, 3], [31, 20, 50], False),
-        ([7, 20, 1], [7, 20, 1], True),
-        ([7, 20], [7, 21], False),
-        ([1, 1], [1, 1], False),
+        ([1, 20, 3], [31, 20, 50], None),
+        ([7, 20, 1], [7, 20, 1], 0),
+        ([7, 20], [7, 21], None),
+        ([1, 1], [1, 1], None),
+        ([1, 20, 4, 9], [31, 20, 30, 9], 3),
+        ([1, 1, 20, 3], [31, 2, 20, 3], 2),
     ],
 )
 def test_from_vllms_batch_to_attention(
-    backend: Any, query_lens: list[int], seq_lens: list[int], whole_prompts: bool, tmp_path: Path
+    backend: Any,
+    query_lens: list[int],
+    seq_lens: list[int],
+    first_prompt: int | None,
+    tmp_path: Path,
 ) -> None:
     """What vLLM's scheduler hands out, through its builder and into a layer.
 
-    Whole prompts do not read the cache, which is NaN for them; the others do not read the keys.
+    Whole prompts at the end do not read the cache, the others do not read the new keys: NaN there.
     """
     attention = importlib.import_module("vllm.v1.attention.backend")
     interface = importlib.import_module("vllm.v1.kv_cache_interface")
@@ -459,10 +472,13 @@ def test_from_vllms_batch_to_attention(
         metadata = builder.build(0, common)
         captured = builder.build_for_cudagraph_capture(common)
         layer = layer_of(backend)
-    assert metadata.whole_prompts is whole_prompts
-    assert captured.whole_prompts is False
+    assert captured.prompts is None
     assert metadata.scheduler_metadata is None
     assert builder.get_cudagraph_support(vllm_config, spec).name == "UNIFORM_BATCH"
     exact = batch.expected()
-    (batch.kv_cache if whole_prompts else batch.key).fill_(torch.nan)
+    first = len(query_lens) if first_prompt is None else first_prompt
+    assert (metadata.prompts and metadata.prompts.first) == first_prompt
+    slots = batch.slot_mapping[sum(seq_lens[:first]) :]
+    batch.kv_cache[slots // PAGE_SIZE, :, slots % PAGE_SIZE] = torch.nan
+    batch.key[: sum(seq_lens[:first])] = torch.nan
     assert_equals(run_layer(layer, batch, metadata), exact, 1e-10)
