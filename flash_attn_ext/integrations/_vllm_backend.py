@@ -6,7 +6,6 @@ batched how, the layout of the cache and the writes to it (``do_kv_cache_update`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -127,7 +126,14 @@ class FlashAttnExtMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignor
     ) -> Any:
         """The description of a batch, with ``prompts``."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        metadata.prompts = _prompts_of(common_attn_metadata)
+        batch = common_attn_metadata
+        metadata.prompts = adapter.prompts_at_end(
+            batch.num_reqs,
+            batch.max_query_len,
+            batch.query_start_loc,
+            batch.query_start_loc_cpu,
+            getattr(batch, "seq_lens_cpu_upper_bound", None),
+        )
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
@@ -135,50 +141,6 @@ class FlashAttnExtMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignor
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)
         metadata.prompts = None
         return metadata
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The requests at the end of a batch that have all their keys in it.
-
-    Attributes:
-        first: index of the first of these requests.
-        first_token: its first token.
-        query_start_loc: int32, the first token of each, counted from first_token, and the end.
-        max_query_len: of these requests.
-        max_query_len_before: of the requests before them; 0 = there are none.
-    """
-
-    first: int
-    first_token: int
-    query_start_loc: Tensor
-    max_query_len: int
-    max_query_len_before: int
-
-
-def _prompts_of(batch: Any) -> Prompts | None:
-    """None where there are none, or where the host does not know.
-
-    The bound of a request's keys is exact while its prompt is computed, and else too large.
-    """
-    bound = getattr(batch, "seq_lens_cpu_upper_bound", None)
-    if bound is None or batch.max_query_len == 1:
-        return None
-    num_reqs = batch.num_reqs
-    starts = batch.query_start_loc_cpu[: num_reqs + 1]
-    query_lens = starts.diff()
-    others = (query_lens != bound[:num_reqs]).nonzero()
-    first = int(others[-1]) + 1 if len(others) else 0
-    if first == num_reqs:
-        return None
-    first_token = int(starts[first])
-    return Prompts(
-        first,
-        first_token,
-        batch.query_start_loc[first : num_reqs + 1] - first_token,
-        int(query_lens[first:].max()),
-        int(query_lens[:first].max()) if first else 0,
-    )
 
 
 class FlashAttnExtImpl(FlashAttentionImpl):  # type: ignore[misc]
@@ -277,11 +239,11 @@ class FlashAttnExtImpl(FlashAttentionImpl):  # type: ignore[misc]
         )
         return output
 
-    def _prompts(self, attn_metadata: Any, key: Tensor | None) -> Prompts | None:
+    def _prompts(self, attn_metadata: Any, key: Tensor | None) -> adapter.Prompts | None:
         """Requests of this layer that need no cache; none where its keys are another layer's."""
         if self.attn_type != AttentionType.DECODER or key is None:
             return None
         if self.kv_sharing_target_layer_name is not None:
             return None
-        prompts: Prompts | None = getattr(attn_metadata, "prompts", None)
+        prompts: adapter.Prompts | None = getattr(attn_metadata, "prompts", None)
         return prompts

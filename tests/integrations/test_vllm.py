@@ -229,6 +229,35 @@ def test_without_cache(options: str, causal: bool, device: str) -> None:
     batch.check(out)
 
 
+PROMPTS_AT_END = {  # new tokens, keys, the first of the whole prompts at the end
+    "none": ([1, 20, 3], [31, 20, 50], None),
+    "all": ([7, 20, 1], [7, 20, 1], 0),
+    "a key more": ([7, 20], [7, 21], None),
+    "single tokens": ([1, 1], [1, 1], None),
+    "last of mixed": ([1, 20, 4, 9], [31, 20, 30, 9], 3),
+    "behind decoding": ([1, 1, 20, 3], [31, 2, 20, 3], 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens", "first"), PROMPTS_AT_END.values(), ids=PROMPTS_AT_END
+)
+def test_prompts_at_end(
+    query_lens: list[int], seq_lens: list[int], first: int | None, device: str
+) -> None:
+    starts = cu_seqlens(query_lens)
+    found = integration.prompts_at_end(
+        len(query_lens), max(query_lens), starts.to(device), starts, int32(seq_lens)
+    )
+    assert (found and found.first) == first
+    if found is not None:
+        assert found.first_token == sum(query_lens[:first])
+        assert found.query_start_loc.tolist() == cu_seqlens(query_lens[first:]).tolist()
+        assert found.max_query_len == max(query_lens[first:])
+        assert found.max_query_len_before == max(query_lens[:first], default=0)
+    assert integration.prompts_at_end(1, 5, starts, starts, None) is None
+
+
 def test_entry_points() -> None:
     """What pyproject.toml names exists; tools/check_wheel.py finds the same in a built wheel."""
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
@@ -423,15 +452,7 @@ def configured(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("query_lens", "seq_lens", "first_prompt"),
-    [
-        ([1, 20, 3], [31, 20, 50], None),
-        ([7, 20, 1], [7, 20, 1], 0),
-        ([7, 20], [7, 21], None),
-        ([1, 1], [1, 1], None),
-        ([1, 20, 4, 9], [31, 20, 30, 9], 3),
-        ([1, 1, 20, 3], [31, 2, 20, 3], 2),
-    ],
+    ("query_lens", "seq_lens", "first_prompt"), PROMPTS_AT_END.values(), ids=PROMPTS_AT_END
 )
 def test_from_vllms_batch_to_attention(
     backend: Any,
