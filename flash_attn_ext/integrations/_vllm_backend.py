@@ -25,6 +25,7 @@ from vllm.v1.attention.backends.flash_attn import (
 from .. import _checks
 from ..errors import UnsupportedError
 from . import vllm as adapter
+from ._vllm_prompts import Prompts, prompts_at_end
 
 _NAME = adapter.register()
 _ENCODERS = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
@@ -127,7 +128,7 @@ class FlashAttnExtMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignor
         """The description of a batch, with ``prompts``."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         batch = common_attn_metadata
-        metadata.prompts = adapter.prompts_at_end(
+        metadata.prompts = prompts_at_end(
             batch.num_reqs,
             batch.max_query_len,
             batch.query_start_loc,
@@ -239,11 +240,11 @@ class FlashAttnExtImpl(FlashAttentionImpl):  # type: ignore[misc]
         )
         return output
 
-    def _prompts(self, attn_metadata: Any, key: Tensor | None) -> adapter.Prompts | None:
+    def _prompts(self, attn_metadata: Any, key: Tensor | None) -> Prompts | None:
         """Requests of this layer that need no cache; none where its keys are another layer's."""
         if self.attn_type != AttentionType.DECODER or key is None:
             return None
         if self.kv_sharing_target_layer_name is not None:
             return None
-        prompts: adapter.Prompts | None = getattr(attn_metadata, "prompts", None)
+        prompts: Prompts | None = getattr(attn_metadata, "prompts", None)
         return prompts

@@ -31,6 +31,7 @@ from torch import Tensor
 import flash_attn_ext as fa
 from flash_attn_ext.integrations import sglang
 from flash_attn_ext.integrations import vllm as integration
+from flash_attn_ext.integrations._vllm_prompts import prompts_at_end
 from flash_attn_ext.reference import varlen_attention_reference
 
 NEEDS_VLLM = needs_module("vllm")
@@ -246,7 +247,7 @@ def test_prompts_at_end(
     query_lens: list[int], seq_lens: list[int], first: int | None, device: str
 ) -> None:
     starts = cu_seqlens(query_lens)
-    found = integration.prompts_at_end(
+    found = prompts_at_end(
         len(query_lens), max(query_lens), starts.to(device), starts, int32(seq_lens)
     )
     assert (found and found.first) == first
@@ -255,7 +256,7 @@ def test_prompts_at_end(
         assert found.query_start_loc.tolist() == cu_seqlens(query_lens[first:]).tolist()
         assert found.max_query_len == max(query_lens[first:])
         assert found.max_query_len_before == max(query_lens[:first], default=0)
-    assert integration.prompts_at_end(1, 5, starts, starts, None) is None
+    assert prompts_at_end(1, 5, starts, starts, None) is None
 
 
 def test_entry_points() -> None:
