@@ -25,6 +25,7 @@ from vllm.v1.attention.backends.flash_attn import (
 from .. import _checks
 from ..errors import UnsupportedError
 from . import vllm as adapter
+from ._vllm_prompts import Prompts, prompts_at_end
 
 _NAME = adapter.register()
 _ENCODERS = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
@@ -110,8 +111,9 @@ class FlashAttnExtMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignor
     A captured graph serves batches with one number of new tokens for every request, because the
     grid of a kernel follows from ``max_query_len``.
 
-    A batch of whole prompts is marked: the new keys are all keys then, and the kernel for whole
-    sequences, which does not read pages, computes it in a fraction of the time.
+    Whole prompts at the end of a batch, where vLLM appends new requests, are marked: their new keys
+    are all their keys, and the kernel for whole sequences, which does not read pages, computes them
+    in a fraction of the time.
     """
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
@@ -123,29 +125,23 @@ class FlashAttnExtMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignor
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> Any:
-        """The description of a batch, with ``whole_prompts``."""
+        """The description of a batch, with ``prompts``."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        metadata.whole_prompts = _are_whole_prompts(common_attn_metadata)
+        batch = common_attn_metadata
+        metadata.prompts = prompts_at_end(
+            batch.num_reqs,
+            batch.max_query_len,
+            batch.query_start_loc,
+            batch.query_start_loc_cpu,
+            getattr(batch, "seq_lens_cpu_upper_bound", None),
+        )
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
         """The same of an example, whose lengths say nothing of the batches to come."""
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)
-        metadata.whole_prompts = False
+        metadata.prompts = None
         return metadata
-
-
-def _are_whole_prompts(batch: Any) -> bool:
-    """Whether every request has its keys in this batch; False where that is not known on the host.
-
-    The bound of a request's keys is exact while its prompt is computed, and else too large.
-    """
-    bound = getattr(batch, "seq_lens_cpu_upper_bound", None)
-    if bound is None or batch.max_query_len == 1:
-        return False
-    num_reqs = batch.num_reqs
-    query_lens = batch.query_start_loc_cpu[: num_reqs + 1].diff()
-    return torch.equal(query_lens, bound[:num_reqs].to(query_lens.dtype))
 
 
 class FlashAttnExtImpl(FlashAttentionImpl):  # type: ignore[misc]
@@ -194,40 +190,61 @@ class FlashAttnExtImpl(FlashAttentionImpl):  # type: ignore[misc]
             raise UnsupportedError(f"output_scale: got a tensor, expected None with {_NAME}")
         if attn_metadata is None:
             return output.zero_()
-        num_tokens = attn_metadata.num_actual_tokens
-        options = {
-            "query_start_loc": attn_metadata.query_start_loc,
-            "max_query_len": attn_metadata.max_query_len,
-            "softmax_scale": self.scale,
-            "sliding_window": self.sliding_window,
-            "softcap": self.logits_soft_cap,
-            "alibi_slopes": self.alibi_slopes,
-            "sinks": self.sinks,
-        }
         causal = attn_metadata.causal
         if isinstance(causal, Tensor):
             raise UnsupportedError(
                 f"causal: got one flag for each request, expected one for all with {_NAME}; use "
                 "--attention-backend FLASH_ATTN"
             )
-        is_encoder = self.attn_type in _ENCODERS
-        is_packed = is_encoder or (
-            getattr(attn_metadata, "whole_prompts", False)
-            and self.attn_type == AttentionType.DECODER
-            and self.kv_sharing_target_layer_name is None
-            and key is not None
-        )
-        if is_packed:
-            tensors = (x[:num_tokens] for x in (query, key, value, output))
-            adapter.attend_packed(*tensors, causal=causal and not is_encoder, **options)
-        else:
-            adapter.attend_pages(
-                query[:num_tokens],
-                kv_cache,
-                output[:num_tokens],
-                seq_lens=attn_metadata.seq_lens,
-                block_table=attn_metadata.block_table,
+        options = {
+            "softmax_scale": self.scale,
+            "sliding_window": self.sliding_window,
+            "softcap": self.logits_soft_cap,
+            "alibi_slopes": self.alibi_slopes,
+            "sinks": self.sinks,
+        }
+        num_tokens = attn_metadata.num_actual_tokens
+        if self.attn_type in _ENCODERS:
+            adapter.attend_packed(
+                *(x[:num_tokens] for x in (query, key, value, output)),
+                query_start_loc=attn_metadata.query_start_loc,
+                max_query_len=attn_metadata.max_query_len,
+                **options,
+            )
+            return output
+        num_reqs, max_query_len = len(attn_metadata.seq_lens), attn_metadata.max_query_len
+        prompts = self._prompts(attn_metadata, key)
+        if prompts is not None:
+            first_token = prompts.first_token
+            adapter.attend_packed(
+                *(x[first_token:num_tokens] for x in (query, key, value, output)),
+                query_start_loc=prompts.query_start_loc,
+                max_query_len=prompts.max_query_len,
                 causal=causal,
                 **options,
             )
+            if prompts.first == 0:
+                return output
+            num_tokens, num_reqs = first_token, prompts.first
+            max_query_len = prompts.max_query_len_before
+        adapter.attend_pages(
+            query[:num_tokens],
+            kv_cache,
+            output[:num_tokens],
+            query_start_loc=attn_metadata.query_start_loc[: num_reqs + 1],
+            seq_lens=attn_metadata.seq_lens[:num_reqs],
+            block_table=attn_metadata.block_table[:num_reqs],
+            max_query_len=max_query_len,
+            causal=causal,
+            **options,
+        )
         return output
+
+    def _prompts(self, attn_metadata: Any, key: Tensor | None) -> Prompts | None:
+        """Requests of this layer that need no cache; none where its keys are another layer's."""
+        if self.attn_type != AttentionType.DECODER or key is None:
+            return None
+        if self.kv_sharing_target_layer_name is not None:
+            return None
+        prompts: Prompts | None = getattr(attn_metadata, "prompts", None)
+        return prompts

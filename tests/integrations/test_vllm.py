@@ -31,6 +31,7 @@ from torch import Tensor
 import flash_attn_ext as fa
 from flash_attn_ext.integrations import sglang
 from flash_attn_ext.integrations import vllm as integration
+from flash_attn_ext.integrations._vllm_prompts import prompts_at_end
 from flash_attn_ext.reference import varlen_attention_reference
 
 NEEDS_VLLM = needs_module("vllm")
@@ -107,6 +108,12 @@ class Batch:
             assert_equals(out, self.expected(), 1e-10)
         else:
             assert_close_2x(out, self.expected(), self.expected(upcast=False))
+
+    def new_keys(self) -> Tensor:
+        """Rows of key and value that belong to the new tokens."""
+        ends = torch.tensor(self.seq_lens).cumsum(0).tolist()
+        lengths = zip(ends, self.query_lens, strict=True)
+        return torch.cat([torch.arange(end - n, end) for end, n in lengths]).to(self.device)
 
     def attend(self) -> Tensor:
         return integration.attend_pages(
@@ -221,6 +228,35 @@ def test_without_cache(options: str, causal: bool, device: str) -> None:
     )
     batch.options["causal"] = causal
     batch.check(out)
+
+
+PROMPTS_AT_END = {  # new tokens, keys, the first of the whole prompts at the end
+    "none": ([1, 20, 3], [31, 20, 50], None),
+    "all": ([7, 20, 1], [7, 20, 1], 0),
+    "a key more": ([7, 20], [7, 21], None),
+    "single tokens": ([1, 1], [1, 1], None),
+    "last of mixed": ([1, 20, 4, 9], [31, 20, 30, 9], 3),
+    "behind decoding": ([1, 1, 20, 3], [31, 2, 20, 3], 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens", "first"), PROMPTS_AT_END.values(), ids=PROMPTS_AT_END
+)
+def test_prompts_at_end(
+    query_lens: list[int], seq_lens: list[int], first: int | None, device: str
+) -> None:
+    starts = cu_seqlens(query_lens)
+    found = prompts_at_end(
+        len(query_lens), max(query_lens), starts.to(device), starts, int32(seq_lens)
+    )
+    assert (found and found.first) == first
+    if found is not None:
+        assert found.first_token == sum(query_lens[:first])
+        assert found.query_start_loc.tolist() == cu_seqlens(query_lens[first:]).tolist()
+        assert found.max_query_len == max(query_lens[first:])
+        assert found.max_query_len_before == max(query_lens[:first], default=0)
+    assert prompts_at_end(1, 5, starts, starts, None) is None
 
 
 def test_entry_points() -> None:
@@ -341,7 +377,8 @@ def run_layer(layer: Any, batch: Batch, metadata: Any, padding: int = 3) -> Tens
         return torch.cat([x, poisoned_empty((padding, *x.shape[1:]), x)])
 
     output = poisoned_empty((len(batch.query) + padding, NUM_HEADS, HEAD_DIM), batch.query)
-    new = padded(batch.query), padded(batch.key), padded(batch.value)
+    rows = batch.new_keys()
+    new = padded(batch.query), padded(batch.key[rows]), padded(batch.value[rows])
     result = layer.forward(torch.nn.Identity(), *new, batch.kv_cache, metadata, output)
     assert result is output
     return result[: len(batch.query)]
@@ -416,20 +453,18 @@ def configured(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("query_lens", "seq_lens", "whole_prompts"),
-    [
-        ([1, 20, 3], [31, 20, 50], False),
-        ([7, 20, 1], [7, 20, 1], True),
-        ([7, 20], [7, 21], False),
-        ([1, 1], [1, 1], False),
-    ],
+    ("query_lens", "seq_lens", "first_prompt"), PROMPTS_AT_END.values(), ids=PROMPTS_AT_END
 )
 def test_from_vllms_batch_to_attention(
-    backend: Any, query_lens: list[int], seq_lens: list[int], whole_prompts: bool, tmp_path: Path
+    backend: Any,
+    query_lens: list[int],
+    seq_lens: list[int],
+    first_prompt: int | None,
+    tmp_path: Path,
 ) -> None:
     """What vLLM's scheduler hands out, through its builder and into a layer.
 
-    Whole prompts do not read the cache, which is NaN for them; the others do not read the keys.
+    Whole prompts at the end do not read the cache, the others do not read the new keys: NaN there.
     """
     attention = importlib.import_module("vllm.v1.attention.backend")
     interface = importlib.import_module("vllm.v1.kv_cache_interface")
@@ -459,10 +494,13 @@ def test_from_vllms_batch_to_attention(
         metadata = builder.build(0, common)
         captured = builder.build_for_cudagraph_capture(common)
         layer = layer_of(backend)
-    assert metadata.whole_prompts is whole_prompts
-    assert captured.whole_prompts is False
+    assert captured.prompts is None
     assert metadata.scheduler_metadata is None
     assert builder.get_cudagraph_support(vllm_config, spec).name == "UNIFORM_BATCH"
     exact = batch.expected()
-    (batch.kv_cache if whole_prompts else batch.key).fill_(torch.nan)
+    first = len(query_lens) if first_prompt is None else first_prompt
+    assert (metadata.prompts and metadata.prompts.first) == first_prompt
+    slots = batch.slot_mapping[sum(seq_lens[:first]) :]
+    batch.kv_cache[slots // PAGE_SIZE, :, slots % PAGE_SIZE] = torch.nan
+    batch.key[: sum(seq_lens[:first])] = torch.nan
     assert_equals(run_layer(layer, batch, metadata), exact, 1e-10)
