@@ -209,14 +209,11 @@ struct BwdConsumer {
     ptx::wgmma_commit_group();
   }
 
-  // Here the operand has been computed: else the compiler computes it behind the next wait.
   FA_DEVICE static void pin(Operand& operand) {
     FA_UNROLL
-    for (int k = 0; k < kTileM / 16; ++k) {
-      uint32_t (&x)[4] = operand.x[0][k];
-      asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])::"memory");
-    }
+    for (int k = 0; k < kTileM / 16; ++k) ptx::pin(operand.x[0][k]);
   }
+
   FA_DEVICE Kept load_kept(typename Layout::TileKept rows) const {
     Kept kept{};
     if constexpr (Layout::kKeptInRegs) {
