@@ -20,6 +20,7 @@
 #include <cuda_runtime.h>
 
 #include <climits>
+#include <type_traits>
 
 #include "kernels/launch.h"
 #include "kernels/sm90/bwd_dq.h"
@@ -46,15 +47,13 @@ struct BwdConsumer {
   using Operand = AFragments<1, kTileM / 16>;                        // P^T or dS^T
   using Gradient = AccumTile<1, kHeadDim / 8>;                       // dK or dV
   using Statistic = BwdStatistic<kTileM / 8>;
-  using Kept = AFragments<1, Layout::kVInRegs ? kHeadDim / 16 : 1>;  // V
+  using Kept = AFragments<1, Layout::kKeptInRegs ? kHeadDim / 16 : 1>;  // K or V
 
   const BwdParams& p;
   const BwdLaunch& launch;
   uint32_t smem;
   int consumer, lane;
-  int warp_row;          // first key of this warp in the consumer's 64
-  uint32_t lane_offset;  // of its first query's statistic
-  uint32_t scores_at;    // where this lane stores dS of the first stage
+  int warp_row;  // first key of this warp in the consumer's 64
   typename Layout::StreamPipeline q;
   typename Layout::ScoresPipeline scores;
 
@@ -66,9 +65,6 @@ struct BwdConsumer {
         consumer(consumer_index),
         lane(threadIdx.x % kWarpSize),
         warp_row(threadIdx.x / kWarpSize % 4 * 16),
-        lane_offset(ptx::opaque(statistic_offset(lane))),
-        scores_at(ptx::opaque(Layout::smem_scores(smem_base, consumer_index, 0)
-                                  .chunk_address(warp_row + lane % 16, lane / 16))),
         q(Layout::StreamPipeline::consumer(smem_base + Layout::kQBarriers)),
         scores(
             Layout::ScoresPipeline::producer(Layout::scores_barriers(smem_base, consumer_index))) {}
@@ -77,16 +73,83 @@ struct BwdConsumer {
     if (tile.num_steps == 0) {
       clear_gradients<T, Layout::kConsumers * kWarpgroupSize>(
           p, launch, tile, consumer * kWarpgroupSize + threadIdx.x % kWarpgroupSize);
-      return;
+    } else {
+      if (Layout::kTakesTurns && consumer == 1) pass_turn_to(0);
+      compute(tile);
     }
+  }
+
+  FA_DEVICE void compute(const BwdTile& tile) {
     Gradient acc_dk, acc_dv;
     acc_dk.clear();
     acc_dv.clear();
-    if constexpr (Layout::kPipelined) {
-      walk_pipelined(tile, acc_dk, acc_dv);
-    } else {
-      walk_by_turns(tile, acc_dk, acc_dv);
+    Scores acc_s;
+    BwdStep step = BwdStep::first(p, launch, tile);
+    Layout::KeptPipeline::consumer(smem + Layout::kKBarriers).wait_full();
+    clear_kept_behind(tile, smem_k());
+    const Kept kept_k = load_kept(smem_k());
+    wait_for_q(q, tile, step);
+    issue_scores(acc_s, kept_k, smem_k(), Layout::smem_q(smem, q.stage));
+    Statistic minus_lse = load_statistic<kTileM / 8>(Layout::statistics(smem, q.stage), lane);
+    Layout::KeptPipeline::consumer(smem + Layout::kVBarriers).wait_full();
+    clear_kept_behind(tile, smem_v());
+    const Kept kept_v = load_kept(smem_v());
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_pin(acc_s.x[0]);
+#pragma unroll 1
+    for (int steps_left = tile.num_steps - 1; steps_left >= 0; --steps_left) {
+      // S of this step is complete.
+      Scores acc_dp;
+      if (Layout::kHasRoom) issue_dp(acc_dp, kept_v, tile, step);
+      Operand probs, passed;  // of dV and of dS
+      if (Layout::kTakesTurns) wait_for_turn();
+      to_probs(acc_s, tile, step, minus_lse, probs, passed);
+      if (Layout::kTakesTurns) pass_turn_to(consumer ^ 1);
+      if (!Layout::kHasRoom) issue_dp(acc_dp, kept_v, tile, step);
+      accumulate(acc_dv, probs, Layout::smem_dout(smem, q.stage));
+      const Statistic deltas = load_statistic<kTileM / 8>(
+          Layout::statistics(smem, q.stage) + Layout::kStatisticBytes, lane);
+      ptx::wgmma_wait_group<Layout::kHasRoom ? 1 : 0>();  // dP is complete
+      ptx::wgmma_pin(acc_dp.x[0]);
+      if (!Layout::kHasRoom) release_dout(acc_dv);
+      Operand dscores = kScoreMod ? passed : probs;
+      FA_UNROLL
+      for (int k = 0; k < kTileM / 16; ++k)
+        to_dscores<T>(dscores.x[0][k], score_part(acc_dp, k), deltas.part(k),
+                      kScoreMod ? drop_factor(p.score) : 0.f);
+
+      // The next S goes ahead of dK. Behind the last step it is that of some old tile, which nobody
+      // reads: products of a group are not to be skipped by a branch. Where dS is stored behind the
+      // branch, it keeps the compiler from waiting for room for dS before it computes it.
+      if (Layout::kHasRoom) {
+        pin(dscores);
+        store_dscores(dscores);  // behind the wait for Q: 7 % slower
+      }
+      auto next = q;
+      next.advance();
+      if (steps_left > 0) {
+        step.advance(tile.blocks);
+        wait_for_q(next, tile, step);
+      }
+      if (!Layout::kHasRoom) store_dscores(dscores);
+      issue_scores(acc_s, kept_k, smem_k(), Layout::smem_q(smem, next.stage));
+      accumulate(acc_dk, dscores, Layout::smem_q(smem, q.stage));
+      hand_over_dscores();
+      minus_lse = load_statistic<kTileM / 8>(Layout::statistics(smem, next.stage), lane);
+      if (Layout::kHasRoom) {
+        ptx::wgmma_wait_group<2>();  // dV is complete
+        release_dout(acc_dv);
+      }
+      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_pin(acc_s.x[0]);
+      ptx::wgmma_pin(acc_dk.x[0]);
+      release_by_warp(q, lane);
+      q = next;
     }
+    store(acc_dk, acc_dv);
+  }
+
+  FA_DEVICE void store(const Gradient& acc_dk, const Gradient& acc_dv) const {
     // Found anew: the tile's numbers would fill registers throughout the loop.
     const BwdTile stored = bwd_tile(p, launch, ptx::opaque(blockIdx.x));
     store_gradient<T>(acc_dv, stored, first_key(stored), {p.dv, p.dv_strides, p.head_dim_v}, 0,
@@ -95,153 +158,26 @@ struct BwdConsumer {
                       p.score.softmax_scale, lane);
   }
 
-  // All steps. One consumer computes while the other multiplies.
-  FA_DEVICE void walk_by_turns(const BwdTile& tile, Gradient& acc_dk, Gradient& acc_dv) {
-    if (consumer == 1) pass_turn_to(0);
-    BwdStep step = BwdStep::first(p, launch, tile);
-    Scores acc_s;
-    issue_first_scores(acc_s, tile, step);
-    Statistic minus_lse = load_statistic<kTileM / 8>(minus_lse_at(q.stage));
-    wait_for_v(tile);
-    ptx::wgmma_wait_group<0>();
-    ptx::wgmma_pin(acc_s.x[0]);
-#pragma unroll 1
-    for (int steps_left = tile.num_steps - 1; steps_left >= 0; --steps_left) {
-      // S of this step is complete.
-      Scores acc_dp;
-      Operand probs, passed;  // of dV and of dS
-      wait_for_turn();
-      to_probs(acc_s, tile, step, minus_lse, probs, passed);
-      pass_turn_to(consumer ^ 1);
-      wait_for_dout(tile, step);
-      issue_scores(acc_dp, smem_v(), Layout::smem_dout(smem, q.stage));
-      accumulate(acc_dv, probs, Layout::smem_dout(smem, q.stage));
-      const Statistic minus_delta = load_statistic<kTileM / 8>(minus_delta_at(q.stage));
-      ptx::wgmma_wait_group<0>();
-      ptx::wgmma_pin(acc_dp.x[0]);
-      ptx::wgmma_pin(acc_dv.x[0]);
-      release_by_warp(dout(q), lane);
-      Operand dscores = kScoreMod ? passed : probs;
-      FA_UNROLL
-      for (int k = 0; k < kTileM / 16; ++k)
-        to_dscores<T>(dscores.x[0][k], score_part(acc_dp, k), minus_delta.part(k),
-                      kScoreMod ? drop_factor(p.score) : 0.f);
-
-      // The next S goes ahead of dK.
-      const auto next = wait_for_next_q(tile, step, steps_left);
-      store_dscores(dscores);
-      issue_scores(acc_s, smem_k(), Layout::smem_q(smem, next.stage));
-      accumulate(acc_dk, dscores, Layout::smem_q(smem, q.stage));
-      hand_over_dscores();
-      minus_lse = load_statistic<kTileM / 8>(minus_lse_at(next.stage));
-      ptx::wgmma_wait_group<0>();
-      ptx::wgmma_pin(acc_s.x[0]);
-      ptx::wgmma_pin(acc_dk.x[0]);
-      release_by_warp(q, lane);
-      q = next;
-    }
-  }
-
-  // All steps. Products run under every computation: dK of the step before and dP under P, S of the
-  // next step and dV under dS. Nothing is waited for right behind its issue.
-  FA_DEVICE void walk_pipelined(const BwdTile& tile, Gradient& acc_dk, Gradient& acc_dv) {
-    BwdStep step = BwdStep::first(p, launch, tile);
-    Scores acc_s, acc_dp;
-    issue_first_scores(acc_s, tile, step);
-    Statistic minus_lse = load_statistic<kTileM / 8>(minus_lse_at(q.stage));
-    if (Layout::kDpHasDelta) start_at_minus_delta(acc_dp, q.stage);
-    wait_for_v(tile);
-    const Kept kept_v = load_kept(smem_v());
-    ptx::wgmma_wait_group<0>();
-    ptx::wgmma_pin(acc_s.x[0]);
-    auto previous = q;
-    Operand dscores;
-#pragma unroll 1
-    for (int steps_left = tile.num_steps - 1; steps_left >= 0; --steps_left) {
-      // S of this step is complete; dK of the step before runs.
-      wait_for_dout(tile, step);
-      issue_dp(acc_dp, kept_v);
-      Operand probs, passed;  // of dV and of dS
-      to_probs(acc_s, tile, step, minus_lse, probs, passed);
-      const auto next = wait_for_next_q(tile, step, steps_left);
-      issue_scores(acc_s, smem_k(), Layout::smem_q(smem, next.stage));
-      accumulate(acc_dv, probs, Layout::smem_dout(smem, q.stage));
-      Statistic minus_delta;
-      if (!Layout::kDpHasDelta) minus_delta = load_statistic<kTileM / 8>(minus_delta_at(q.stage));
-      ptx::wgmma_wait_group<2>();  // dP is complete, and dK of the step before
-      ptx::wgmma_pin(acc_dp.x[0]);
-      ptx::wgmma_pin(acc_dk.x[0]);
-      if (steps_left < tile.num_steps - 1) release_by_warp(previous, lane);
-      dscores = kScoreMod ? passed : probs;
-      FA_UNROLL
-      for (int k = 0; k < kTileM / 16; ++k) {
-        if constexpr (Layout::kDpHasDelta) {
-          multiply<T>(dscores.x[0][k], score_part(acc_dp, k));
-        } else {
-          to_dscores<T>(dscores.x[0][k], score_part(acc_dp, k), minus_delta.part(k),
-                        drop_factor(p.score));
-        }
-      }
-      pin(dscores);
-      store_dscores(dscores);
-      accumulate(acc_dk, dscores, Layout::smem_q(smem, q.stage));
-      hand_over_dscores();
-      minus_lse = load_statistic<kTileM / 8>(minus_lse_at(next.stage));
-      if (Layout::kDpHasDelta) start_at_minus_delta(acc_dp, next.stage);
-      ptx::wgmma_wait_group<1>();  // the next S is complete, and dV
-      ptx::wgmma_pin(acc_s.x[0]);
-      ptx::wgmma_pin(acc_dv.x[0]);
-      release_by_warp(dout(q), lane);
-      previous = q;
-      q = next;
-    }
-    ptx::wgmma_wait_group<0>();
-    ptx::wgmma_pin(acc_dk.x[0]);
-  }
-
   FA_DEVICE typename Layout::TileKept smem_k() const { return Layout::smem_k(smem, consumer); }
   FA_DEVICE typename Layout::TileKept smem_v() const { return Layout::smem_v(smem, consumer); }
-  FA_DEVICE uint32_t minus_lse_at(int stage) const {
-    return Layout::statistics(smem, stage) + lane_offset;
-  }
-  FA_DEVICE uint32_t minus_delta_at(int stage) const {
-    return minus_lse_at(stage) + Layout::kStatisticBytes;
-  }
 
   // dO of a step lies in the stage that Q does.
-  FA_DEVICE typename Layout::StreamPipeline dout(typename Layout::StreamPipeline queries) const {
-    return {smem + Layout::kDoutBarriers, queries.stage, queries.parity};
+  FA_DEVICE typename Layout::StreamPipeline dout() const {
+    return {smem + Layout::kDoutBarriers, q.stage, q.parity};
   }
   FA_DEVICE void wait_for_q(const typename Layout::StreamPipeline& queries, const BwdTile& tile,
                             BwdStep step) const {
     queries.wait_full();
     clear_stream_behind(tile, step, Layout::smem_q(smem, queries.stage));
   }
-  // Behind the last step S is that of some old tile, which nobody reads: products of a group are
-  // not to be skipped by a branch.
-  FA_DEVICE typename Layout::StreamPipeline wait_for_next_q(const BwdTile& tile, BwdStep& step,
-                                                            int steps_left) const {
-    auto next = q;
-    next.advance();
-    if (steps_left > 0) {
-      step.advance(tile.blocks);
-      wait_for_q(next, tile, step);
-    }
-    return next;
-  }
-  FA_DEVICE void wait_for_dout(const BwdTile& tile, BwdStep step) const {
-    dout(q).wait_full();
+  FA_DEVICE void issue_dp(Scores& acc, const Kept& kept, const BwdTile& tile, BwdStep step) const {
+    dout().wait_full();
     clear_stream_behind(tile, step, Layout::smem_dout(smem, q.stage));
+    issue_scores(acc, kept, smem_v(), Layout::smem_dout(smem, q.stage));
   }
-  FA_DEVICE void issue_first_scores(Scores& acc, const BwdTile& tile, BwdStep step) const {
-    Layout::KeptPipeline::consumer(smem + Layout::kKBarriers).wait_full();
-    clear_kept_behind(tile, smem_k());
-    wait_for_q(q, tile, step);
-    issue_scores(acc, smem_k(), Layout::smem_q(smem, q.stage));
-  }
-  FA_DEVICE void wait_for_v(const BwdTile& tile) const {
-    Layout::KeptPipeline::consumer(smem + Layout::kVBarriers).wait_full();
-    clear_kept_behind(tile, smem_v());
+  FA_DEVICE void release_dout(Gradient& acc_dv) {
+    ptx::wgmma_pin(acc_dv.x[0]);
+    release_by_warp(dout(), lane);
   }
   // Exponentials of one consumer at a time.
   FA_DEVICE void wait_for_turn() const {
@@ -252,22 +188,15 @@ struct BwdConsumer {
   }
 
   // S^T = K Q^T or dP^T = V dO^T, as a group.
-  FA_DEVICE void issue_scores(Scores& acc, typename Layout::TileKept rows,
-                              typename Layout::TileStream stream) const {
+  template <class TileKept, class TileStream>
+  FA_DEVICE void issue_scores(Scores& acc, const Kept& kept, TileKept rows,
+                              TileStream stream) const {
     ptx::wgmma_pin(acc.x[0]);
     ptx::wgmma_fence();
-    warpgroup_gemm_abt<T>(acc, rows, stream);
-    ptx::wgmma_commit_group();
-  }
-  // dP^T = V dO^T, or acc += V dO^T, as a group.
-  FA_DEVICE void issue_dp(Scores& acc, const Kept& kept_v) const {
-    const typename Layout::TileStream stream = Layout::smem_dout(smem, q.stage);
-    ptx::wgmma_pin(acc.x[0]);
-    ptx::wgmma_fence();
-    if constexpr (Layout::kVInRegs) {
-      warpgroup_gemm_abt<T>(acc, kept_v, stream, Layout::kDpHasDelta);
+    if constexpr (Layout::kKeptInRegs) {
+      warpgroup_gemm_abt<T>(acc, kept, stream);
     } else {
-      warpgroup_gemm_abt<T>(acc, smem_v(), stream, Layout::kDpHasDelta);
+      warpgroup_gemm_abt<T>(acc, rows, stream);
     }
     ptx::wgmma_commit_group();
   }
@@ -279,27 +208,15 @@ struct BwdConsumer {
     warpgroup_gemm_ab<T>(acc, operand, stream);
     ptx::wgmma_commit_group();
   }
-  FA_DEVICE void start_at_minus_delta(Scores& acc, int stage) const {
-    const Statistic minus_delta = load_statistic<kTileM / 8>(minus_delta_at(stage));
-    FA_UNROLL
-    for (int n = 0; n < kTileM / 8; ++n) {
-      FA_UNROLL
-      for (int i = 0; i < 4; ++i)
-        acc.x[0][n][i] = i % 2 == 0 ? minus_delta.pair[n].x : minus_delta.pair[n].y;
-    }
-  }
-  // Here the operand has been computed: else the compiler computes it behind the next wait.
+
   FA_DEVICE static void pin(Operand& operand) {
     FA_UNROLL
-    for (int k = 0; k < kTileM / 16; ++k) {
-      uint32_t (&x)[4] = operand.x[0][k];
-      asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])::"memory");
-    }
+    for (int k = 0; k < kTileM / 16; ++k) ptx::pin(operand.x[0][k]);
   }
 
   FA_DEVICE Kept load_kept(typename Layout::TileKept rows) const {
     Kept kept{};
-    if constexpr (Layout::kVInRegs) {
+    if constexpr (Layout::kKeptInRegs) {
       FA_UNROLL
       for (int i = 0; i < kHeadDim / 16; ++i)
         ptx::ldmatrix_x4(kept.x[0][i], rows.chunk_address(warp_row + lane % 16, 2 * i + lane / 16));
@@ -331,7 +248,8 @@ struct BwdConsumer {
   // dS to shared memory, and, once that has happened, word of it to the dQ warpgroup.
   FA_DEVICE void store_dscores(const Operand& dscores) const {
     scores.wait_empty();
-    const uint32_t at = scores_at + scores.stage * Layout::TileScores::kBytes;
+    const uint32_t at = Layout::smem_scores(smem, consumer, scores.stage)
+                            .chunk_address(warp_row + lane % 16, lane / 16);
     FA_UNROLL
     for (int i = 0; i < kTileM / 16; ++i) ptx::stmatrix_x4(at ^ (i * 32), dscores.x[0][i]);
   }
@@ -354,6 +272,139 @@ struct BwdConsumer {
 
   FA_DEVICE int first_key(const BwdTile& tile) const {
     return tile.n_block * Layout::kTileN + consumer * Layout::kKeys + warp_row;
+  }
+};
+
+// The plain kernel's consumer of head_dim 64. Products run under every computation: dK of the step
+// before and dP under P, S of the next step and dV under dS; none is waited for right behind its
+// issue. V is an operand in registers; dP's sums start at -delta.
+template <class T, int kHeadDim>
+struct BwdPipelinedConsumer : BwdConsumer<T, kHeadDim, false> {
+  using Base = BwdConsumer<T, kHeadDim, false>;
+  using Base::consumer, Base::kTileM, Base::lane, Base::launch, Base::p, Base::q, Base::scores,
+      Base::smem, Base::smem_k, Base::warp_row;
+  using typename Base::Gradient;
+  using typename Base::Kept;  // V
+  using typename Base::Layout;
+  using typename Base::Operand;
+  using typename Base::Scores;
+  using typename Base::Statistic;
+
+  // Of this lane, behind where a stage begins; held, as finding them costs 12 instructions a step.
+  uint32_t statistics_at;  // its first query's
+  uint32_t scores_at;      // dS
+
+  FA_DEVICE BwdPipelinedConsumer(const BwdParams& params, const BwdLaunch& bwd_launch,
+                                 uint32_t smem_base, int consumer_index)
+      : Base(params, bwd_launch, smem_base, consumer_index),
+        statistics_at(ptx::opaque(lane % 4 * 8)),
+        scores_at(ptx::opaque(Layout::smem_scores(smem, consumer, 0)
+                                  .chunk_address(warp_row + lane % 16, lane / 16))) {}
+
+  FA_DEVICE void run(const BwdTile& tile) {
+    if (tile.num_steps == 0) {
+      Base::run(tile);
+    } else {
+      compute(tile);
+    }
+  }
+
+  FA_DEVICE void compute(const BwdTile& tile) {
+    Gradient acc_dk, acc_dv;
+    acc_dk.clear();
+    acc_dv.clear();
+    BwdStep step = BwdStep::first(p, launch, tile);
+    Scores acc_s, acc_dp;
+    Layout::KeptPipeline::consumer(smem + Layout::kKBarriers).wait_full();
+    this->clear_kept_behind(tile, smem_k());
+    this->wait_for_q(q, tile, step);
+    issue_s(acc_s, q.stage);
+    Statistic minus_lse = load(Layout::statistics(smem, q.stage));
+    start_at_minus_delta(acc_dp, q.stage);
+    Layout::KeptPipeline::consumer(smem + Layout::kVBarriers).wait_full();
+    this->clear_kept_behind(tile, this->smem_v());
+    const Kept kept_v = this->load_kept(this->smem_v());
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_pin(acc_s.x[0]);
+    auto previous = q;
+    Operand dscores;
+#pragma unroll 1
+    for (int steps_left = tile.num_steps - 1; steps_left >= 0; --steps_left) {
+      // S of this step is complete; dK of the step before runs.
+      add_dp(acc_dp, kept_v, tile, step);
+      Operand probs, unused;
+      this->to_probs(acc_s, tile, step, minus_lse, probs, unused);
+      // As in Base, S of the step behind the last is that of some old tile.
+      auto next = q;
+      next.advance();
+      if (steps_left > 0) {
+        step.advance(tile.blocks);
+        this->wait_for_q(next, tile, step);
+      }
+      issue_s(acc_s, next.stage);
+      this->accumulate(acc_dv, probs, Layout::smem_dout(smem, q.stage));
+      ptx::wgmma_wait_group<2>();  // dP is complete, and dK of the step before
+      ptx::wgmma_pin(acc_dp.x[0]);
+      ptx::wgmma_pin(acc_dk.x[0]);
+      if (steps_left < tile.num_steps - 1) release_by_warp(previous, lane);
+      dscores = probs;
+      FA_UNROLL
+      for (int k = 0; k < kTileM / 16; ++k)
+        multiply_by_gradients<T>(dscores.x[0][k], score_part(acc_dp, k));
+      this->pin(dscores);
+      store_dscores(dscores);
+      this->accumulate(acc_dk, dscores, Layout::smem_q(smem, q.stage));
+      this->hand_over_dscores();
+      minus_lse = load(Layout::statistics(smem, next.stage));
+      start_at_minus_delta(acc_dp, next.stage);
+      ptx::wgmma_wait_group<1>();  // the next S is complete, and dV
+      ptx::wgmma_pin(acc_s.x[0]);
+      this->release_dout(acc_dv);
+      previous = q;
+      q = next;
+    }
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_pin(acc_dk.x[0]);
+    this->store(acc_dk, acc_dv);
+  }
+
+  // S^T = K Q^T, as a group.
+  FA_DEVICE void issue_s(Scores& acc, int stage) const {
+    ptx::wgmma_pin(acc.x[0]);
+    ptx::wgmma_fence();
+    warpgroup_gemm_abt<T>(acc, smem_k(), Layout::smem_q(smem, stage));
+    ptx::wgmma_commit_group();
+  }
+  // acc += V dO^T, as a group.
+  FA_DEVICE void add_dp(Scores& acc, const Kept& kept_v, const BwdTile& tile, BwdStep step) const {
+    this->dout().wait_full();
+    this->clear_stream_behind(tile, step, Layout::smem_dout(smem, q.stage));
+    ptx::wgmma_pin(acc.x[0]);
+    ptx::wgmma_fence();
+    warpgroup_gemm_abt<T>(acc, kept_v, Layout::smem_dout(smem, q.stage), true);
+    ptx::wgmma_commit_group();
+  }
+  FA_DEVICE void start_at_minus_delta(Scores& acc, int stage) const {
+    const Statistic minus_delta = load(Layout::statistics(smem, stage) + Layout::kStatisticBytes);
+    FA_UNROLL
+    for (int n = 0; n < kTileM / 8; ++n) {
+      FA_UNROLL
+      for (int i = 0; i < 4; ++i)
+        acc.x[0][n][i] = i % 2 == 0 ? minus_delta.pair[n].x : minus_delta.pair[n].y;
+    }
+  }
+  FA_DEVICE Statistic load(uint32_t statistics) const {
+    Statistic s;
+    FA_UNROLL
+    for (int n = 0; n < kTileM / 8; ++n)
+      s.pair[n] = ptx::ld_shared_v2_f32(statistics + statistics_at + n * 8 * sizeof(float));
+    return s;
+  }
+  FA_DEVICE void store_dscores(const Operand& dscores) const {
+    scores.wait_empty();
+    const uint32_t at = scores_at + scores.stage * Layout::TileScores::kBytes;
+    FA_UNROLL
+    for (int i = 0; i < kTileM / 16; ++i) ptx::stmatrix_x4(at ^ (i * 32), dscores.x[0][i]);
   }
 };
 
@@ -385,8 +436,9 @@ __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1
     BwdDq<T, Layout>(smem_base).run(bwd_tile(p, launch, blockIdx.x).num_steps);
   } else {
     ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
-    BwdConsumer<T, kHeadDim, kScoreMod>(p, launch, smem_base, warpgroup - 2)
-        .run(bwd_tile(p, launch, blockIdx.x));
+    using Consumer = std::conditional_t<Layout::kPipelined, BwdPipelinedConsumer<T, kHeadDim>,
+                                        BwdConsumer<T, kHeadDim, kScoreMod>>;
+    Consumer(p, launch, smem_base, warpgroup - 2).run(bwd_tile(p, launch, blockIdx.x));
   }
 }
 

@@ -13,7 +13,7 @@
 
 namespace fa {
 
-// -LSE or -delta of this lane's queries.
+// -LSE or delta of this lane's queries.
 template <int kN>
 struct BwdStatistic {
   float2 pair[kN];  // of column n of the scores
@@ -21,15 +21,12 @@ struct BwdStatistic {
   // Of queries [16 k, 16 k + 16).
   FA_DEVICE BwdStatistic<2> part(int k) const { return {{pair[2 * k], pair[2 * k + 1]}}; }
 };
-// Where the first of them stands behind those of a stage.
-FA_DEVICE uint32_t statistic_offset(int lane) {
-  return lane % 4 * 2 * sizeof(float);
-}
 template <int kN>
-FA_DEVICE BwdStatistic<kN> load_statistic(uint32_t from) {
+FA_DEVICE BwdStatistic<kN> load_statistic(uint32_t from, int lane) {
   BwdStatistic<kN> s;
   FA_UNROLL
-  for (int n = 0; n < kN; ++n) s.pair[n] = ptx::ld_shared_v2_f32(from + n * 8 * sizeof(float));
+  for (int n = 0; n < kN; ++n)
+    s.pair[n] = ptx::ld_shared_v2_f32(from + (n * 8 + lane % 4 * 2) * sizeof(float));
   return s;
 }
 // Scores of queries [16 k, 16 k + 16).
@@ -73,39 +70,35 @@ FA_DEVICE void modify_weights(const AccumTile<1, 2>& scores, const TransposedSco
   }
 }
 
+// dS = P (dP - delta) of 16 queries, in the place of P, or of what modify_weights() passed.
+// drop_factor: of what dropout keeps; 0: no dropout.
+template <class T>
+FA_DEVICE void to_dscores(uint32_t (&passed)[4], AccumTile<1, 2> dp, const BwdStatistic<2>& deltas,
+                          float drop_factor) {
+  AFragments<1, 1> probs;
+  FA_UNROLL
+  for (int i = 0; i < 4; ++i) probs.x[0][0][i] = passed[i];
+  if (drop_factor != 0.f) drop_gradient(dp, probs, drop_factor);
+  FA_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const float2 delta = deltas.pair[i / 2], prob = unpack<T>(probs.x[0][0][i]);
+    const float* x = &dp.x[0][i / 2][i % 2 * 2];
+    passed[i] = pack<T>(prob.x * (x[0] - delta.x), prob.y * (x[1] - delta.y));
+  }
+}
+FA_DEVICE float drop_factor(const ScoreParams& score) {
+  return score.keep_threshold < 256 ? 256.f / score.keep_threshold : 0.f;
+}
+
 // Weights of 16 queries times the gradients of these weights.
 template <class T>
-FA_DEVICE void multiply(uint32_t (&weights)[4], const AccumTile<1, 2>& gradients) {
+FA_DEVICE void multiply_by_gradients(uint32_t (&weights)[4], const AccumTile<1, 2>& gradients) {
   FA_UNROLL
   for (int i = 0; i < 4; ++i) {
     const float2 weight = unpack<T>(weights[i]);
     const float* x = &gradients.x[0][i / 2][i % 2 * 2];
     weights[i] = pack<T>(weight.x * x[0], weight.y * x[1]);
   }
-}
-// dS = P (dP - delta) of 16 queries, in the place of P, or of what modify_weights() passed.
-// drop_factor: of what dropout keeps; 0: no dropout.
-template <class T>
-FA_DEVICE void to_dscores(uint32_t (&passed)[4], AccumTile<1, 2> dp,
-                          const BwdStatistic<2>& minus_delta, float drop_factor) {
-  AFragments<1, 1> probs;
-  FA_UNROLL
-  for (int i = 0; i < 4; ++i) probs.x[0][0][i] = passed[i];
-  if (drop_factor != 0.f) {
-    drop_gradient(dp, probs, drop_factor);
-    FA_UNROLL
-    for (int i = 0; i < 4; ++i) passed[i] = probs.x[0][0][i];
-  }
-  FA_UNROLL
-  for (int n = 0; n < 2; ++n) {
-    FA_UNROLL
-    for (int i = 0; i < 4; ++i)
-      dp.x[0][n][i] += i % 2 == 0 ? minus_delta.pair[n].x : minus_delta.pair[n].y;
-  }
-  multiply<T>(passed, dp);
-}
-FA_DEVICE float drop_factor(const ScoreParams& score) {
-  return score.keep_threshold < 256 ? 256.f / score.keep_threshold : 0.f;
 }
 
 // Rows of a tile past the sequence become 0, as their weights are: 0 * NaN would be NaN. Without

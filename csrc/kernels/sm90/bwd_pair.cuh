@@ -190,8 +190,7 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
   // Scores become P, here and in the other warpgroup's hands.
   FA_DEVICE void to_probs(typename Base::Scores& acc, const BwdTile& tile, BwdStep step, int n,
                           typename Base::Operand& operand) const {
-    const uint32_t statistics =
-        Layout::statistics(smem, this->q_at(n).stage) + statistic_offset(lane);
+    const uint32_t statistics = Layout::statistics(smem, this->q_at(n).stage);
     const uint32_t handover =
         this->handover(Layout::smem_scores(smem, this->probs_at(n).stage).base);
     const TransposedOrigin origin{this->first_key(tile), step.m_block * kTileM};
@@ -205,7 +204,8 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
     if (border) apply_mask(acc, tile.mask, origin, lane);
     FA_UNROLL
     for (int k = 0; k < kTileM / 16; ++k) {
-      const BwdStatistic<2> minus_lse = load_statistic<2>(statistics + k * 16 * sizeof(float));
+      const BwdStatistic<2> minus_lse =
+          load_statistic<2>(statistics + k * 16 * sizeof(float), lane);
       AccumTile<1, 2> part = score_part(acc, k);
       uint32_t (&probs)[4] = operand.x[0][k];
       if constexpr (kScoreMod) {
@@ -322,8 +322,7 @@ struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
   // dS takes the place of P in shared memory: this warp has read its rows.
   FA_DEVICE void to_dscores_of_step(const typename Base::Operand& operand,
                                     const typename Base::Scores& acc_dp, int n) const {
-    const uint32_t minus_delta = Layout::statistics(smem, this->q_at(n).stage) +
-                                 Layout::kStatisticBytes + statistic_offset(lane);
+    const uint32_t deltas = Layout::statistics(smem, this->q_at(n).stage) + Layout::kStatisticBytes;
     const uint32_t to = Layout::smem_scores(smem, this->scores_at(n).stage)
                             .chunk_address(this->warp_row + lane % 16, lane / 16);
     __syncwarp();
@@ -337,7 +336,7 @@ struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
         for (int i = 0; i < 4; ++i) x[i] = operand.x[0][k][i];
       }
       to_dscores<T>(x, score_part(acc_dp, k),
-                    load_statistic<2>(minus_delta + k * 16 * sizeof(float)),
+                    load_statistic<2>(deltas + k * 16 * sizeof(float), lane),
                     kScoreMod ? drop_factor(p.score) : 0.f);
       ptx::stmatrix_x4(to ^ (k * 32), x);
     }

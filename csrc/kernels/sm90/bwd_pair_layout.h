@@ -75,7 +75,8 @@ struct BwdPairLayout {
   static FA_DEVICE TileScores smem_peer_scores(uint32_t smem, int stage) {
     return {smem + kPeerScores + stage * TileScores::kBytes};
   }
-  // -LSE in log2 units of the queries of a stage; -delta stands kStatisticBytes further on.
+  static constexpr bool kPipelined = false;  // delta is kept as it is
+  // -LSE in log2 units of the queries of a stage; delta stands kStatisticBytes further on.
   static FA_DEVICE uint32_t statistics(uint32_t smem, int stage) {
     return smem + kStatistics + stage * 2 * kStatisticBytes;
   }

@@ -92,22 +92,22 @@ struct BwdStatistics {
   FA_DEVICE void bring(const BwdTile& tile, BwdStep step,
                        const typename Layout::StreamPipeline& q) const {
     const int64_t first = statistics_row(p, tile, step.head);
-    float minus_lse[Layout::kTileM / kWarpSize], minus_delta[Layout::kTileM / kWarpSize];
+    float lse[Layout::kTileM / kWarpSize], delta[Layout::kTileM / kWarpSize];
     FA_UNROLL
     for (int i = 0; i < Layout::kTileM / kWarpSize; ++i) {
       const int row = step.m_block * Layout::kTileM + i * kWarpSize + lane;
       const bool exists = row < tile.q_seq.seqlen;
       const float x = exists ? p.lse[first + row] : -INFINITY;
-      minus_lse[i] = x == -INFINITY ? x : -x * kLog2e;
-      minus_delta[i] = exists ? -p.delta[first + row] : 0.f;
+      lse[i] = x == -INFINITY ? x : -x * kLog2e;
+      const float d = exists ? p.delta[first + row] : 0.f;
+      delta[i] = Layout::kPipelined ? -d : d;
     }
     q.wait_empty();
     const uint32_t to = Layout::statistics(smem, q.stage) + lane * sizeof(float);
     FA_UNROLL
     for (int i = 0; i < Layout::kTileM / kWarpSize; ++i) {
-      ptx::st_shared_f32(to + i * kWarpSize * sizeof(float), minus_lse[i]);
-      ptx::st_shared_f32(to + i * kWarpSize * sizeof(float) + Layout::kStatisticBytes,
-                         minus_delta[i]);
+      ptx::st_shared_f32(to + i * kWarpSize * sizeof(float), lse[i]);
+      ptx::st_shared_f32(to + i * kWarpSize * sizeof(float) + Layout::kStatisticBytes, delta[i]);
     }
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(q.full());
