@@ -90,6 +90,7 @@ Gradients launch_bwd(const PlannedKernel& kernel, const BwdArgs& args, const Pro
   const Tensor contiguous_dout = contiguous_rows(args.dout);
   const Tensor delta = bwd_preprocess(contiguous_rows(args.out), contiguous_dout, args.dlse);
   p.head_splits = kernel.plan.head_splits;
+  p.complete_dq = kernel.plan.complete_dq;
   const Workspace workspace = new_workspace(a.q, problem, p, kernel.plan);
   p.lse = static_cast<const float*>(lse.data_ptr());
   p.delta = static_cast<const float*>(delta.data_ptr());

@@ -73,8 +73,7 @@ struct BwdParams {
   void* dq;            // shape of q; every row is written
   void* dk;            // shape of k
   void* dv;            // shape of v
-  float* dq_accum;     // bwd_dq_accum_elements() of core/bwd_workspace.h, zeroed; nullptr: one
-                       // tile has all keys, see sm80_bwd_completes_dq()
+  float* dq_accum;     // bwd_dq_accum_elements() of core/bwd_workspace.h, zeroed
   int* dq_semaphore;   // bwd_dq_semaphores(), zeroed; nullptr: not deterministic
   float* dk_accum;     // [total_k, num_heads_kv, head_dim], zeroed; nullptr: head_splits is 1
   float* dv_accum;     // [total_k, num_heads_kv, head_dim_v], the same
@@ -89,6 +88,7 @@ struct BwdParams {
   int total_q, total_k;      // rows in all; fixed length: batch_size * seqlen
   int head_splits;           // CTAs that share the query heads of a KV head, which it divides
   int sm_margin;             // SMs that a persistent kernel leaves free
+  bool complete_dq;          // one tile has all keys of a sequence: dq_accum is not used
   DType dtype;
   Arch tiles;  // which rows of core/tile_config.h to launch
 };

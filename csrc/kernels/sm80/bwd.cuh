@@ -627,7 +627,7 @@ int launch_bwd_tiles(const BwdParams& p, cudaStream_t stream) {
   const int num_sequences =
       p.batch_size + (p.seqlens_q.cu_seqlens || p.seqlens_k.cu_seqlens ? 1 : 0);
   int error = cudaErrorInvalidValue;
-  if (p.dq_accum == nullptr) {
+  if (p.complete_dq) {
     if constexpr (sm80_bwd_completes_dq(kTiles, kHeadDim))
       error =
           launch_bwd_kernel<T, kHeadDim, kTiles, BwdKind::kCompleteDq>(p, num_sequences, stream);
@@ -638,7 +638,7 @@ int launch_bwd_tiles(const BwdParams& p, cudaStream_t stream) {
   }
   if (error != cudaSuccess) return error;
   const int rounded = launch_round_gradients<T>(p, stream);
-  return rounded != cudaSuccess || p.dq_accum == nullptr
+  return rounded != cudaSuccess || p.complete_dq
              ? rounded
              : launch_bwd_postprocess<T, kHeadDim, kTiles>(p, num_sequences, stream);
 }
