@@ -24,6 +24,7 @@ import torch
 
 MIN_REPETITIONS = 20
 SHORT_MS = 1.0
+"""Below it a call may take the host longer than the GPU."""
 
 Json = dict[str, Any]
 
@@ -40,7 +41,8 @@ def median_ms(
     On CUDA the time is that between two events on the current stream. Nothing is synchronised
     between the calls, so the queue stays ahead of the GPU and no launch overhead is measured. If
     one of the calls takes less than `SHORT_MS`, which the host may need to enqueue it, all are
-    measured again, each behind a fill of memory that the GPU is busy with meanwhile.
+    measured again, each behind a fill of memory that the GPU is busy with meanwhile, and which
+    leaves nothing of their inputs in the L2 cache.
 
     Args:
         functions: enqueue work on ``device``; their results are dropped.

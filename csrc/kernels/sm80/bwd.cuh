@@ -413,6 +413,7 @@ struct BwdCta {
     if (turn != nullptr) say_warp_is_done(turn, lane);
   }
 
+  // Rounds this warp's part of dQ and writes it: pairs of columns, as the accumulators hold them.
   FA_DEVICE void store_dq(const typename Shape::DqAccum& acc, BwdStep step) const {
     const RowCol part = Shape::dq_part(warp);
     const int row = step.m_block * Shape::kTileM + part.row + lane / 4;
