@@ -8,6 +8,8 @@ Sections, each with a result file benchmarks/results/<device>/attention_<section
     gqa      grouped query heads
     varlen   packed sequences
     shapes   few heads, head_dim 192 with head_dim_v 128, 262,144 tokens in one sequence
+    step     forward and backward together, as in a layer of a model of 1.3 billion parameters
+    sustained  length 8192 for 0.15 seconds back to back, when the power limit sets the clock
     window   windows of 128 and 1024 keys at length 16384, beside the same call without
     extras   softcap, ALiBi and dropout beside the plain call, head_dim 128, length 8192
     host     microseconds of the host for one call
@@ -56,6 +58,7 @@ os.environ.setdefault("FLASH_ATTN_EXT_FALLBACK", "error")
 import flash_attn_ext
 
 Json = common.Json
+Calls = dict[str, Callable[[], object]]
 PASSES = ("fwd", "bwd")
 HIDDEN, TOKENS = 2048, 16384
 PEER = "sdpa_flash"
@@ -73,39 +76,62 @@ class Setup:
     repetitions: int
 
 
+def build_calls(
+    problem: Any, tensors: list[Tensor], providers: dict[str, Callable[..., Call]], which: str
+) -> Calls:
+    """Calls of one pass by provider, each run once. Who refuses is left out."""
+    calls: Calls = {}
+    for name, build in providers.items():
+        try:
+            call: Callable[[], object] = build(problem, tensors)
+            if which == "bwd":
+                call = backward(call, tensors)
+            elif which == "fwd+bwd":
+                call = forward_and_backward(call, tensors)
+            call()
+        except (ImportError, RuntimeError, TypeError) as error:
+            if name == "ours":
+                raise
+            print(f"  {which} without {name}: {str(error).splitlines()[0][:80]}")
+            continue
+        calls[name] = call
+    return calls
+
+
+def forward_and_backward(call: Call, tensors: Sequence[Tensor]) -> Callable[[], object]:
+    dout = torch.randn_like(call())
+    return lambda: torch.autograd.grad(call(), list(tensors), dout)
+
+
+def speeds(problem: Any, which: str, ms: dict[str, float]) -> dict[str, float]:
+    """TFLOP/s by provider."""
+    flops = problem.flops() * {"fwd": 1, "bwd": BWD_FLOPS, "fwd+bwd": 1 + BWD_FLOPS}[which]
+    return {name: round(flops / t / 1e9, 2) for name, t in ms.items()}
+
+
 def timed(
     setup: Setup,
     problem: Any,
     providers: dict[str, Callable[..., Call]],
+    passes: Sequence[str] | None = None,
+    more: Callable[[str, Calls], Json] = lambda which, calls: {},
 ) -> Iterator[Json]:
-    """One row for each pass: milliseconds and TFLOP/s by provider. Who refuses is left out."""
+    """One row for each pass: milliseconds and TFLOP/s by provider, and what `more` measures."""
     tensors = problem.tensors(setup.device, setup.dtype)
-    for which in setup.passes:
-        flops = problem.flops() * (BWD_FLOPS if which == "bwd" else 1)
-        with torch.set_grad_enabled(which == "bwd"):
-            calls = {}
-            for name, build in providers.items():
-                try:
-                    call: Callable[[], object] = build(problem, tensors)
-                    if which == "bwd":
-                        call = backward(call, tensors)
-                    call()
-                except (ImportError, RuntimeError, TypeError) as error:
-                    if name == "ours":
-                        raise
-                    print(f"  {which} without {name}: {str(error).splitlines()[0][:80]}")
-                    continue
-                calls[name] = call
+    for which in setup.passes if passes is None else passes:
+        with torch.set_grad_enabled(which != "fwd"):
+            calls = build_calls(problem, tensors, providers, which)
             times = common.median_ms(
                 list(calls.values()), setup.device, repetitions=setup.repetitions
             )
-        ms = dict(zip(calls, times, strict=True))
-        yield {
-            "pass": which,
-            **dataclasses.asdict(problem),
-            "ms": {name: round(t, 5) for name, t in ms.items()},
-            "tflops": {name: round(flops / t / 1e9, 2) for name, t in ms.items()},
-        }
+            ms = dict(zip(calls, times, strict=True))
+            yield {
+                "pass": which,
+                **dataclasses.asdict(problem),
+                "ms": {name: round(t, 5) for name, t in ms.items()},
+                "tflops": speeds(problem, which, ms),
+                **more(which, calls),
+            }
 
 
 def show(row: Json, what: str) -> Json:
@@ -181,6 +207,36 @@ def shapes(setup: Setup) -> Iterator[Json]:
             yield {**show(row, what), "case": what}
 
 
+def step(setup: Setup) -> Iterator[Json]:
+    """A training step of one layer, and its peak of memory beside the inputs."""
+    problem = Problem(4, 4096, 16, 16, 128, causal=True)
+
+    def peaks(which: str, calls: Calls) -> Json:
+        measured = {n: common.peak_bytes(call, setup.device)[0] for n, call in calls.items()}
+        return {"peak_bytes": measured}
+
+    for row in timed(setup, problem, PROVIDERS, ["fwd+bwd"], peaks):
+        yield show(row, "batch 4, length 4096, 16 heads, d 128, causal")
+
+
+def sustained(setup: Setup) -> Iterator[Json]:
+    """`sustained_tflops` is the speed back to back, `tflops` that of calls in turn."""
+    for head_dim, causal in itertools.product(setup.head_dims, (False, True)):
+        heads = max(1, HIDDEN // head_dim)
+        problem = Problem(2, 8192, heads, heads, head_dim, causal)
+
+        def back_to_back(which: str, calls: Calls, problem: Problem = problem) -> Json:
+            ms = {name: common.sustained_ms(call, setup.device) for name, call in calls.items()}
+            return {"sustained_tflops": speeds(problem, which, ms)}
+
+        for row in timed(setup, problem, PROVIDERS, more=back_to_back):
+            what = f"d {head_dim}{', causal' if causal else ''}, length 8192"
+            show(row, what)
+            shown = "  ".join(f"{name} {x:7.1f}" for name, x in row["sustained_tflops"].items())
+            print(f"{'    back to back':<{len(what) + 4}} {shown} TFLOP/s", flush=True)
+            yield row
+
+
 def window(setup: Setup) -> Iterator[Json]:
     """Windowed and full calls alternate; full_over_window is how much faster the window is."""
     for head_dim, causal, keys in itertools.product((64, 128), (False, True), (128, 1024)):
@@ -247,10 +303,6 @@ def host(setup: Setup) -> Iterator[Json]:
     out, lse, _ = ops.fwd.default(q, k, v, *scores, False, 0, 0)
     ends = torch.tensor([0, 1], dtype=torch.int32, device=setup.device)
 
-    def forward_and_backward(call: Call) -> Callable[[], object]:
-        dout = torch.ones_like(call())
-        return lambda: torch.autograd.grad(call(), tensors, dout)
-
     calls: dict[str, Callable[[], object]] = {
         "op fwd": lambda: ops.fwd.default(q, k, v, *scores, False, 0, 0),
         "op varlen_fwd": lambda: ops.varlen_fwd.default(
@@ -258,14 +310,15 @@ def host(setup: Setup) -> Iterator[Json]:
         ),
         "op bwd": lambda: ops.bwd.default(out, q, k, v, out, lse, None, *scores, False, 0),
         "flash_attn_func": ours(problem, [q, k, v]),
-        "flash_attn_func, with its backward": forward_and_backward(ours(problem, tensors)),
+        "flash_attn_func, with its backward": forward_and_backward(ours(problem, tensors), tensors),
         "scaled_dot_product_attention": lambda: torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         ),
         "scaled_dot_product_attention, with its backward": forward_and_backward(
             lambda: torch.nn.functional.scaled_dot_product_attention(
                 *(x.transpose(1, 2) for x in tensors)
-            )
+            ),
+            tensors,
         ),
     }
     for name, call in calls.items():
@@ -317,7 +370,7 @@ def memory(setup: Setup) -> Iterator[Json]:
 
 SECTIONS: dict[str, Callable[[Setup], Iterator[Json]]] = {
     section.__name__: section
-    for section in (dense, gqa, varlen, shapes, window, extras, host, memory)
+    for section in (dense, gqa, varlen, shapes, step, sustained, window, extras, host, memory)
 }
 
 

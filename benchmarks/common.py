@@ -12,6 +12,7 @@ from flash_attn_ext.bench.measure import (
     environment,
     median_ms,
     peak_bytes,
+    sustained_ms,
     write_results,
 )
 
@@ -26,5 +27,6 @@ __all__ = [
     "environment",
     "median_ms",
     "peak_bytes",
+    "sustained_ms",
     "write_results",
 ]

@@ -3,7 +3,8 @@
     python benchmarks/plot_attention.py [benchmarks/results/<device> ...]
 
 attention_dense*.json gives one picture of TFLOP/s over length, attention_memory*.json one of peak
-memory over length, attention_training*.json one of the loss. Needs matplotlib
+memory over length, attention_step*.json one of a training step, attention_training*.json one of the
+loss. Needs matplotlib
 (`pip install '.[demo]'`). A picture carries the hash of its file: --check, which needs no
 matplotlib, fails where one is missing or was drawn from other contents.
 """
@@ -83,6 +84,27 @@ def memory(content: dict[str, Any]) -> Any:
     return figure
 
 
+def step(content: dict[str, Any]) -> Any:
+    """Time and peak memory of a training step, a bar for each provider."""
+    (row,) = content["rows"]
+    names = list(row["ms"])
+    figure = new_figure(6.5, 3)
+    measures = {
+        "ms, forward and backward": row["ms"],
+        "MiB beside the inputs": {name: x / 2**20 for name, x in row["peak_bytes"].items()},
+    }
+    for axes, (label, values) in zip(figure.subplots(1, 2), measures.items(), strict=True):
+        bars = axes.bar(
+            [NAMES[name] for name in names],
+            [values[name] for name in names],
+            color=[COLORS[name] for name in names],
+        )
+        axes.bar_label(bars, fmt="%.3g", size=8)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.set_ylabel(label)
+    return figure
+
+
 def training(content: dict[str, Any]) -> Any:
     """The loss of every run, one axes for each dtype."""
     rows: Rows = content["rows"]
@@ -113,6 +135,7 @@ def _legend(figure: Any, axes: Any, names: Sequence[str]) -> None:
 DRAWINGS = {
     "attention_dense": dense,
     "attention_memory": memory,
+    "attention_step": step,
     "attention_training": training,
 }
 

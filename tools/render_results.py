@@ -209,6 +209,45 @@ def shapes_table(rows: Rows) -> str:
     return speed_table(rows, ["case", "batch"], lambda r: (r["case"], r["batch_size"]))
 
 
+def step_table(rows: Rows) -> str:
+    header = ["provider", "batch", "length", "heads", "head_dim", "mask", "ms", "TFLOP/s", "peak"]
+    lines = [
+        [
+            name,
+            row["batch_size"],
+            row["seqlen"],
+            row["num_heads"],
+            row["head_dim"],
+            _mask(row),
+            f"{ms:.3f}",
+            f"{row['tflops'][name]:.0f}",
+            f"{row['peak_bytes'][name] / 2**20:.0f} MiB",
+        ]
+        for row in rows
+        for name, ms in row["ms"].items()
+    ]
+    return markdown(header, lines, 1)
+
+
+def sustained_table(rows: Rows) -> str:
+    names = [name for name in ("ours", PEER, "sdpa_cudnn") if name in rows[0]["tflops"]]
+    lines = [
+        [
+            row["pass"],
+            row["head_dim"],
+            _mask(row),
+            *(
+                f"{row['tflops'][name]:.0f} / {row['sustained_tflops'][name]:.0f}"
+                if name in row["tflops"]
+                else "-"
+                for name in names
+            ),
+        ]
+        for row in rows
+    ]
+    return markdown(["pass", "head_dim", "mask", *names], lines, 3)
+
+
 def window_table(rows: Rows) -> str:
     header = ["pass", "head_dim", "mask", "window", "ms", "ms of full", "times as fast"]
     lines = [
@@ -284,6 +323,8 @@ ATTENTION: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "gqa": ("Grouped query heads, batch 2", gqa_table),
     "varlen": ("Packed sequences", varlen_table),
     "shapes": ("Few heads, uneven head dimensions, a long sequence", shapes_table),
+    "step": ("Forward and backward of one layer", step_table),
+    "sustained": ("TFLOP/s at length 8192, in turns / back to back for 0.15 s", sustained_table),
     "window": ("Windows at length 16384", window_table),
     "extras": ("Options beside the plain call, batch 2, 16 heads", extras_table),
     "host": ("Host time of one call", host_table),
@@ -310,6 +351,7 @@ def attention_results(results: Path = RESULTS) -> str:
 PICTURES = {
     "attention_dense": "TFLOP/s of attention over the length",
     "attention_memory": "Peak memory of attention over the length",
+    "attention_step": "Time and peak memory of forward and backward of one layer",
 }
 """Result file -> what its picture (benchmarks/plot_attention.py) shows."""
 

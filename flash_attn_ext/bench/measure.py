@@ -60,6 +60,27 @@ def median_ms(
     return [statistics.median(of_function) for of_function in times]
 
 
+def sustained_ms(
+    function: Callable[[], object], device: torch.device, *, seconds: float = 0.15
+) -> float:
+    """Milliseconds of one of as many calls back to back as take about ``seconds``.
+
+    A GPU that is held by its power limit is slower then than in the turns of `median_ms`.
+    """
+    (ms,) = median_ms([function], device)
+    calls = max(1, round(seconds * 1e3 / ms))
+
+    def back_to_back() -> None:
+        for _ in range(calls):
+            function()
+
+    if device.type == "cuda":
+        (times,) = _between_events([back_to_back], 1, lambda: None)
+    else:
+        (times,) = _host_times([back_to_back], 1)
+    return times[0] / calls
+
+
 def _new_event() -> torch.cuda.Event:
     event: Any = torch.cuda.Event  # not annotated in torch
     return cast(torch.cuda.Event, event(enable_timing=True))

@@ -202,6 +202,8 @@ def test_attention_end_to_end(
         assert f"## {render_results.ATTENTION[section][0]}" in text
     assert "| 48 | 1 | 1 | 3 | - |" in text
     assert "FLASH_ATTN_EXT_SMEM_KB=99 " in text
+    assert "| fwd | 64 | full |" in text.split("back to back for 0.15 s")[1]
+    assert "| sdpa_flash | 1 | 48 | 16 | 128 | causal |" in text
     assert "| fwd | 64 | causal |" in render_results.attention_summary(folder.parent)
 
     require(needs_module("matplotlib"))
@@ -209,6 +211,7 @@ def test_attention_end_to_end(
     assert sorted(path.name for path in folder.glob("*.png")) == [
         "attention_dense_99kb.png",
         "attention_memory_99kb.png",
+        "attention_step_99kb.png",
     ]
     assert f"![TFLOP/s of attention over the length, {content['environment']['device']}]" in (
         render_results.attention_pictures(folder.parent)
