@@ -10,6 +10,8 @@ Sections, each with a result file benchmarks/results/<device>/decode_<section>.j
     few      2 to 16 queries (speculative decoding), causal
     prefill  256 to 1024 queries against 32,768 keys, causal
     host     microseconds of the host for one call
+    generate tokens per second of a GPT of 0.8 billion parameters, greedily, with CUDA graphs and
+             without; beside the same model with PyTorch's attention over the same caches
 
 Speed is the bytes of K and V over the time; of prefill, the multiplications. The L2 cache is
 flushed before each call by reading 256 MB. What is compared runs alternately; times are medians.
@@ -25,6 +27,7 @@ import itertools
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 os.environ.setdefault("FLASH_ATTN_EXT_FALLBACK", "error")
 
 import flash_attn_ext
+from flash_attn_ext.examples import gpt
+from flash_attn_ext.layers.rotary import apply_rotary_emb
 
 Json = common.Json
 Call = Callable[[], object]
@@ -292,8 +297,87 @@ def host(timer: Timer, dtype: torch.dtype) -> Iterator[Json]:
         yield {"call": name, "us": round(us, 3)}
 
 
+def sdpa_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rotary_cos: Tensor,
+    rotary_sin: Tensor,
+    cache_seqlens: Tensor,
+    causal: bool,
+    rotary_interleaved: bool,
+) -> Tensor:
+    """`flash_attn_with_kvcache` as a static cache has it in PyTorch: a mask over all of it."""
+    assert causal
+    assert not rotary_interleaved
+    q, k = (
+        apply_rotary_emb(x, rotary_cos, rotary_sin, seqlen_offsets=cache_seqlens) for x in (q, k)
+    )
+    positions = cache_seqlens[:, None] + torch.arange(q.shape[1], device=q.device)
+    rows = torch.arange(q.shape[0], device=q.device)[:, None]
+    k_cache[rows, positions] = k
+    v_cache[rows, positions] = v
+    visible = torch.arange(k_cache.shape[1], device=q.device) <= positions[:, None, :, None]
+    out = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k_cache, v_cache)), visible, enable_gqa=True
+    )
+    return out.transpose(1, 2)
+
+
+def generate(timer: Timer, dtype: torch.dtype) -> Iterator[Json]:
+    """The prompt is not in the time. Both attentions must write the same text, or nearly."""
+    config = gpt.GPTConfig(
+        num_layers=16, num_heads_q=16, num_heads_kv=4, head_dim=HEAD_DIM, max_seqlen=8192
+    )
+    torch.manual_seed(0)
+    model = gpt.GPT(config).cuda().to(dtype)
+    for block in model.blocks:  # zero at first, which no attention would matter to
+        torch.nn.init.normal_(block.attention.proj.weight, std=0.02)
+    attention = {"ours": gpt.flash_attn_with_kvcache, "sdpa": sdpa_with_kvcache}
+    new_tokens = 64
+    for batch_size, graph in itertools.product((1, 16), (True, False)):
+        prompt = torch.randint(gpt.VOCAB_SIZE, (batch_size, 8000), device="cuda")
+        rates, texts = {}, {}
+        for name, function in attention.items():
+            gpt.flash_attn_with_kvcache = function
+            steps = model.generate(prompt, new_tokens + 2, temperature=0, cuda_graph=graph)
+            text = [next(steps), next(steps)]  # the prompt; the capture
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            text += steps
+            torch.cuda.synchronize()
+            rates[name] = round(batch_size * new_tokens / (time.perf_counter() - begin), 1)
+            texts[name] = torch.cat(text, 1)
+        gpt.flash_attn_with_kvcache = attention["ours"]
+        same = (texts["ours"] == texts["sdpa"]).float().mean().item()
+        row = {
+            "batch_size": batch_size,
+            "prompt": prompt.shape[1],
+            "new_tokens": new_tokens,
+            "cuda_graph": graph,
+            "tokens_per_second": rates,
+            "same_tokens": round(same, 4),
+        }
+        speeds = "  ".join(f"{name} {rate:8.0f}" for name, rate in rates.items())
+        with_graph = "with graph" if graph else "without"
+        print(f"batch {batch_size:>3}, {with_graph:<12} {speeds} tokens/s, {same:.0%} the same")
+        yield row
+
+
 SECTIONS: dict[str, Callable[[Timer, torch.dtype], Iterator[Json]]] = {
-    section.__name__: section for section in (decode, pages, append, few, prefill, host)
+    section.__name__: section
+    for section in (
+        decode,
+        pages,
+        append,
+        few,
+        prefill,
+        host,
+        generate,
+    )
 }
 
 

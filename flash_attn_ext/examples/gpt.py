@@ -5,7 +5,7 @@ Copy this file and change it. It shows the three places where attention touches 
 * training: rotate q and k with `apply_rotary_emb`, then `flash_attn_func(q, k, v, causal=True)`;
 * prompt: `flash_attn_with_kvcache` appends the prompt's keys and values to the cache, rotates keys
   and queries, and attends, in one call;
-* every later token: the same call with one query.
+* every later token: the same call with one query, on CUDA as the replay of a graph if you like.
 
 Tensors are [batch, seqlen, heads, head_dim] throughout, so nothing is ever transposed. There are
 fewer key/value heads than query heads (GQA), which makes the cache smaller.
@@ -13,7 +13,8 @@ fewer key/value heads than query heads (GQA), which makes the cache smaller.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,33 @@ class KVCache:
     k: Tensor
     v: Tensor
     seqlens: Tensor
+
+
+class DecodingGraph:
+    """One step of decoding as a CUDA graph: a replay costs the host one call instead of hundreds.
+
+    Lengths are read on the GPU, so the same graph serves every length of the cache.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache) -> None:
+        """Captures a step. The cache keeps its contents; it needs room for one token more."""
+        self.tokens = torch.zeros(cache.seqlens.numel(), 1, dtype=torch.int64, device="cuda")
+        seqlens = cache.seqlens.clone()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            model(self.tokens, cache)  # what is allocated once is allocated here
+        torch.cuda.current_stream().wait_stream(aside)
+        cache.seqlens.copy_(seqlens)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.scores: Tensor = model(self.tokens, cache)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """int64 [batch_size, 1] -> scores [batch_size, 1, 256], overwritten by the next step."""
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.scores
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -245,6 +273,7 @@ class GPT(nn.Module):
         temperature: float = 0.8,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
+        cuda_graph: bool = False,
     ) -> Iterator[Tensor]:
         """Continues the prompt through the KV cache, one token at a time.
 
@@ -254,6 +283,8 @@ class GPT(nn.Module):
             temperature: scores are divided by it; 0 takes the most likely byte.
             dtype: type of the cache; the model's type by default. Under autocast, autocast's type.
             generator: source of the random choice, on the prompt's device.
+            cuda_graph: replay a `DecodingGraph` for each token behind the first; on CUDA, and under
+                autocast only with ``cache_enabled=False``.
 
         Yields:
             int64 [batch_size, 1], the next token of every sequence.
@@ -269,8 +300,11 @@ class GPT(nn.Module):
             )
         cache = self.new_cache(prompt.size(0), dtype or self.head.weight.dtype)
         tokens = prompt
-        for _ in range(num_tokens):
-            scores = self(tokens, cache)[:, -1].float()
+        step: Callable[[Tensor], Tensor] = functools.partial(self.forward, cache=cache)
+        for index in range(num_tokens):
+            if cuda_graph and index == 1:
+                step = DecodingGraph(self, cache)
+            scores = step(tokens)[:, -1].float()
             if temperature == 0:
                 tokens = scores.argmax(-1, keepdim=True)
             else:

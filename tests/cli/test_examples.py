@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import max_error
+from helpers import NEEDS_CUDA, max_error, require
 
 from flash_attn_ext.examples import gpt, train_gpt
 from flash_attn_ext.examples.gpt import GPT, GPTConfig
@@ -70,6 +70,18 @@ def test_generation_is_reproducible() -> None:
     ]
     assert torch.equal(texts[0], texts[1])
     assert not torch.equal(texts[0], texts[2])
+
+
+@pytest.mark.gpu
+def test_generation_with_a_cuda_graph_writes_the_same() -> None:
+    require(NEEDS_CUDA)
+    model = tiny_gpt().to("cuda", torch.float16)
+    prompt = torch.randint(256, (2, 5), device="cuda")
+    with_graph, without = (
+        torch.cat(list(model.generate(prompt, 30, temperature=0, cuda_graph=graph)), dim=1)
+        for graph in (True, False)
+    )
+    assert torch.equal(with_graph, without)
 
 
 def test_generation_beyond_the_longest_sequence_is_refused() -> None:
