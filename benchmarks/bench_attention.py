@@ -381,6 +381,11 @@ def suffix() -> str:
     return (f"_{arch}" if arch else "") + (f"_{smem}kb" if smem else "")
 
 
+def switches() -> dict[str, str]:
+    """The package's variables in the environment."""
+    return {n: v for n, v in os.environ.items() if n.startswith("FLASH_ATTN_EXT_")}
+
+
 def environment(setup: Setup) -> Json:
     """The environment of a run, with the version, the switches and the kernel of a typical call."""
     env = common.environment(setup.device)
@@ -388,7 +393,7 @@ def environment(setup: Setup) -> Json:
     return {
         **env,
         "flash_attn_ext": flash_attn_ext.__version__,
-        "switches": {n: v for n, v in os.environ.items() if n.startswith("FLASH_ATTN_EXT_")},
+        "switches": switches(),
         "kernel": flash_attn_ext.explain(q, q, q).kernel,
         "dtype": str(setup.dtype).removeprefix("torch."),
     }

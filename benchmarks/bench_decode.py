@@ -1,4 +1,4 @@
-"""Attention against a KV cache: decode, a few queries, chunked prefill; beside PyTorch's cuDNN.
+"""Attention against a KV cache: decode, a few queries, chunked prefill; beside PyTorch.
 
     python benchmarks/bench_decode.py [--sections decode,pages,...] [--out DIR]
 
@@ -15,8 +15,9 @@ Sections, each with a result file benchmarks/results/<device>/decode_<section>.j
 
 Speed is the bytes of K and V over the time; of prefill, the multiplications. The L2 cache is
 flushed before each call by reading 256 MB. What is compared runs alternately; times are medians.
-cuDNN has one piece and no mask, whatever ours has. With FLASH_ATTN_EXT_ARCH in the environment the
-files get its value as a suffix.
+cuDNN has one piece and no mask, whatever ours has; so has PyTorch's FlashAttention-2, which is
+beside one query only. With FLASH_ATTN_EXT_ARCH in the environment the files get its value as a
+suffix.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import Any
 import common
 import torch
 import torch.nn.functional as F
-from bench_attention import host_us, suffix
+from bench_attention import host_us, suffix, switches
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -123,11 +124,11 @@ def ours(t: Tensors, **options: Any) -> Call:
     )
 
 
-def cudnn(t: Tensors) -> Call:
+def sdpa(t: Tensors, backend: SDPBackend) -> Call:
     q, k, v = (x.transpose(1, 2) for x in (t.q, t.k, t.v))
 
     def call() -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
     return call
@@ -197,7 +198,9 @@ def compared(problem: Problem, timer: Timer, calls: dict[str, Call], by_flops: b
 def beside_cudnn(problems: Iterator[Problem], timer: Timer, dtype: torch.dtype) -> Iterator[Json]:
     for problem in problems:
         tensors = Tensors.of(problem, dtype)
-        calls = {"ours": ours(tensors), "sdpa_cudnn": cudnn(tensors)}
+        calls = {"ours": ours(tensors), "sdpa_cudnn": sdpa(tensors, SDPBackend.CUDNN_ATTENTION)}
+        if problem.seqlen_q == 1:  # more would need a mask, which its causal one is not
+            calls["sdpa_flash"] = sdpa(tensors, SDPBackend.FLASH_ATTENTION)
         yield compared(problem, timer, calls, by_flops=problem.seqlen_q > 16)
 
 
@@ -288,7 +291,7 @@ def host(timer: Timer, dtype: torch.dtype) -> Iterator[Json]:
         "flash_attn_with_kvcache": ours(t),
         "flash_attn_with_kvcache, pages": ours(paged),
         "flash_attn_with_kvcache, append and rotary": ours(short, **new, **rotated),
-        "scaled_dot_product_attention, cuDNN": cudnn(t),
+        "scaled_dot_product_attention, cuDNN": sdpa(t, SDPBackend.CUDNN_ATTENTION),
     }
     for name, call in calls.items():
         with torch.no_grad():
@@ -399,6 +402,7 @@ def main(argv: Sequence[str]) -> int:
         env = {
             **common.environment(device),
             "flash_attn_ext": flash_attn_ext.__version__,
+            "switches": switches(),
             "dtype": options.dtype,
         }
         folder = options.out or common.RESULTS / common.device_slug(env["device"])

@@ -1,12 +1,12 @@
-"""Draws the results of bench_attention.py and bench_training.py beside their files.
+"""Draws the results of bench_attention.py, bench_training.py and bench_decode.py.
 
     python benchmarks/plot_attention.py [benchmarks/results/<device> ...]
 
-attention_dense*.json gives one picture of TFLOP/s over length, attention_memory*.json one of peak
-memory over length, attention_step*.json one of a training step, attention_training*.json one of the
-loss. Needs matplotlib
-(`pip install '.[demo]'`). A picture carries the hash of its file: --check, which needs no
-matplotlib, fails where one is missing or was drawn from other contents.
+A picture lies beside its file: of attention_dense*.json TFLOP/s over length, of
+attention_memory*.json peak memory over length, of attention_step*.json a training step, of
+attention_training*.json the loss, of decode_decode*.json GB/s over length (dotted and dashed:
+pages). Needs matplotlib (`pip install '.[demo]'`). A picture carries the hash of its file: --check,
+which needs no matplotlib, fails where one is missing or was drawn from other contents.
 """
 
 from __future__ import annotations
@@ -105,6 +105,33 @@ def step(content: dict[str, Any]) -> Any:
     return figure
 
 
+def decode(content: dict[str, Any]) -> Any:
+    """GB/s of K and V over the length, one axes for each batch size and number of heads."""
+    rows: Rows = content["rows"]
+    kinds = sorted({(row["num_heads"], row["batch_size"]) for row in rows})
+    pages = sorted({row["page_size"] for row in rows if row["page_size"]})
+    num_heads = len({heads for heads, _ in kinds})
+    figure = new_figure(3.2 * len(kinds) / num_heads, 2.6 * num_heads)
+    grid = figure.subplots(num_heads, len(kinds) // num_heads, squeeze=False, sharex=True)
+    for axes, (heads, batch_size) in zip(grid.flat, kinds, strict=True):
+        chosen = [
+            row for row in rows if (row["num_heads"], row["batch_size"]) == (heads, batch_size)
+        ]
+        for page, style in zip((None, *pages), ("o-", "o:", "o--", "o-."), strict=False):
+            of_page = [row for row in chosen if row["page_size"] == page]
+            for name in NAMES if page is None else ("ours",):
+                points = [(r["seqlen_k"], r["gbps"][name]) for r in of_page if name in r["gbps"]]
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, color=COLORS[name], ms=3)
+        length_axis(axes, sorted({row["seqlen_k"] for row in chosen}))
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"batch {batch_size}, {heads} heads", size=9)
+    for axes_of_heads in grid:
+        axes_of_heads[0].set_ylabel("GB/s of K and V")
+    _legend(figure, grid[0][0], [n for n in NAMES if any(n in row["gbps"] for row in rows)])
+    return figure
+
+
 def training(content: dict[str, Any]) -> Any:
     """The loss of every run, one axes for each dtype."""
     rows: Rows = content["rows"]
@@ -137,6 +164,7 @@ DRAWINGS = {
     "attention_memory": memory,
     "attention_step": step,
     "attention_training": training,
+    "decode_decode": decode,
 }
 
 

@@ -6,7 +6,7 @@
 No number is typed: each table is one benchmarks/results/<device>/<benchmark>.json, with the
 conditions of the run in the line above it. Blocks: `benchmarks` (row kernels), `companions` (norms
 and cross-entropy), `attention-summary` (one line for each head_dim), `attention-pictures` (for a
-document in the root) and `attention-results` (every row).
+document in the root), `attention-results` and `decode-results` (every row).
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ EMPTY = (
 )
 EMPTY_ATTENTION = (
     "No results are recorded yet; `python benchmarks/bench_attention.py` on a GPU writes them."
+)
+EMPTY_DECODE = (
+    "No results are recorded yet; `python benchmarks/bench_decode.py` on a GPU writes them."
 )
 PEER = "sdpa_flash"
 
@@ -334,24 +337,89 @@ ATTENTION: dict[str, tuple[str, Callable[[Rows], str]]] = {
 """Section of bench_attention.py, or bench_training.py -> heading and table."""
 
 
-def attention_results(results: Path = RESULTS) -> str:
-    """Every row of every section of every run."""
+def decode_table(rows: Rows) -> str:
+    """Microseconds and GB/s or TFLOP/s by provider."""
+    names = list(dict.fromkeys(name for row in rows for name in row["us"]))
+    unit, label = ("tflops", "TFLOP/s") if "tflops" in rows[0] else ("gbps", "GB/s")
+    lines = [
+        [
+            f"{row['num_heads']} / {row['num_heads_kv']}",
+            row["seqlen_k"],
+            row["batch_size"],
+            row["seqlen_q"],
+            row["page_size"] or "-",
+            *(
+                f"{us:.1f} us, {row[unit][name]:.0f}"
+                if (us := row["us"].get(name)) is not None
+                else "-"
+                for name in names
+            ),
+        ]
+        for row in rows
+    ]
+    header = ["heads of q / of k", "keys", "batch", "queries", "page"]
+    return markdown([*header, *(f"{name}, {label}" for name in names)], lines, 1)
+
+
+def generation_table(rows: Rows) -> str:
+    names = list(rows[0]["tokens_per_second"])
+    lines = [
+        [
+            "replayed" if row["cuda_graph"] else "-",
+            row["batch_size"],
+            row["prompt"],
+            *(f"{row['tokens_per_second'][name]:.0f}" for name in names),
+            f"{row['same_tokens']:.0%}",
+        ]
+        for row in rows
+    ]
+    header = ["CUDA graph", "batch", "prompt", *(f"{name}, tokens/s" for name in names)]
+    return markdown([*header, "same tokens"], lines, 1)
+
+
+DECODE: dict[str, tuple[str, Callable[[Rows], str]]] = {
+    "decode": ("One query", decode_table),
+    "pages": ("Sizes of pages", decode_table),
+    "append": ("A decoding step: append and rotary", decode_table),
+    "few": ("A few queries, causal", decode_table),
+    "prefill": ("Chunked prefill, causal", decode_table),
+    "generate": ("Generation, a GPT of 0.8 billion parameters", generation_table),
+    "host": ("Host time of one call", host_table),
+}
+"""Section of bench_decode.py -> heading and table."""
+
+
+def every_row(
+    results: Path, benchmark: str, parts: dict[str, tuple[str, Callable[[Rows], str]]]
+) -> str:
+    """Every row of every run, by section; empty without any."""
     sections = []
-    for section, (heading, render) in ATTENTION.items():
+    for section, (heading, render) in parts.items():
         runs = [
             f"{conditions(content['environment'])}\n\n{render(content['rows'])}"
-            for _, content in load(results, f"attention_{section}")
+            for _, content in load(results, f"{benchmark}_{section}")
             if content["rows"]
         ]
         if runs:
             sections.append("\n\n".join([f"## {heading}", *runs]))
-    return "\n\n".join(sections) or EMPTY_ATTENTION
+    return "\n\n".join(sections)
+
+
+def attention_results(results: Path = RESULTS) -> str:
+    """Every row of every section of every run."""
+    return every_row(results, "attention", ATTENTION) or EMPTY_ATTENTION
+
+
+def decode_results(results: Path = RESULTS) -> str:
+    """The same of bench_decode.py."""
+    return every_row(results, "decode", DECODE) or EMPTY_DECODE
 
 
 PICTURES = {
     "attention_dense": "TFLOP/s of attention over the length",
     "attention_memory": "Peak memory of attention over the length",
     "attention_step": "Time and peak memory of forward and backward of one layer",
+    "decode_decode": "GB/s of decoding over the length of the cache",
 }
 """Result file -> what its picture (benchmarks/plot_attention.py) shows."""
 
@@ -376,6 +444,7 @@ GENERATORS = {
     "attention-summary": attention_summary,
     "attention-pictures": attention_pictures,
     "attention-results": attention_results,
+    "decode-results": decode_results,
 }
 
 

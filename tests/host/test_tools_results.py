@@ -228,6 +228,45 @@ def test_attention_end_to_end(
     assert "attention_dense_99kb.png: missing" in capsys.readouterr().out
 
 
+def cache_row(number: str, **sizes: Any) -> dict[str, Any]:
+    """A row of bench_decode.py; `number` is its unit."""
+    row = {"batch_size": 2, "num_heads": 32, "num_heads_kv": 8, "seqlen_k": 1024, "seqlen_q": 1}
+    measured = {"us": {"ours": 12.34, "sdpa_cudnn": 20.0}, number: {"ours": 900, "sdpa_cudnn": 500}}
+    return {**row, "page_size": None, **sizes, **measured}
+
+
+def test_decode_tables(tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "h100"
+    environment = {
+        **{"device": "NVIDIA H100", "flash_attn_ext": "0.1.0", "commit": "abc", "torch": "2.11.0"},
+        **{"date": "2026-11-27", "command": "python bench_decode.py", "dtype": "bfloat16"},
+    }
+    paged = cache_row("gbps", page_size=64)
+    paged["us"].pop("sdpa_cudnn")
+    rates = {"ours": 883.2, "sdpa": 692.0}
+    rows = {
+        "decode": [cache_row("gbps"), cache_row("gbps", num_heads=64), paged],
+        "prefill": [cache_row("tflops", seqlen_q=256)],
+        "generate": [
+            {"batch_size": 1, "prompt": 8000, "new_tokens": 64, "cuda_graph": True}
+            | {"tokens_per_second": rates, "same_tokens": 0.997}
+        ],
+        "host": [{"call": "op kvcache_fwd", "us": 5.25}],
+    }
+    for section, of_section in rows.items():
+        common.write_results(folder / f"decode_{section}.json", environment, of_section)
+    text = render_results.decode_results(folder.parent)
+    assert "| 32 / 8 | 1024 | 2 | 1 | - | 12.3 us, 900 | 20.0 us, 500 |" in text
+    assert "| 32 / 8 | 1024 | 2 | 1 | 64 | 12.3 us, 900 | - |" in text
+    assert "sdpa_cudnn, TFLOP/s |" in text.split("## Chunked prefill")[1]
+    assert "| replayed | 1 | 8000 | 883 | 692 | 100% |" in text
+    assert "| op kvcache_fwd | 5.2 |" in text
+    assert render_results.decode_results(tmp_path) == render_results.EMPTY_DECODE
+    require(needs_module("matplotlib"))
+    assert plot_attention.main([str(folder)]) == 0
+    assert [path.name for path in folder.glob("*.png")] == ["decode_decode.png"]
+
+
 def curves(ours: float) -> Callable[..., Iterator[float]]:
     """Losses of which those of `ours` differ by that much; two runs of the same by 0.01."""
     runs = itertools.count()
