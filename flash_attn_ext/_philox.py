@@ -1,6 +1,6 @@
 """The dropout mask: a function of (seed, offset, batch, head, row, column) and of nothing else.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11) with
+Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11) with
 
     key     = (seed low word, seed high word ^ offset high word)
     counter = (row // 16, (column // 32) * 32 + lane, batch * num_heads_q + head, offset low word)
@@ -24,7 +24,7 @@ from torch import Tensor
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+_ROUNDS = 7
 
 _BLOCK_ROWS, _BLOCK_COLS, _LANES = 16, 32, 32
 
@@ -51,7 +51,7 @@ def row_keep_scale(dropout_p: float) -> float:
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of four counter words and two key words.
+    """Philox4x32-7 of four counter words and two key words.
 
     Args:
         counter: four int64 tensors of 32-bit values, broadcast together.

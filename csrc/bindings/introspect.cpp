@@ -269,7 +269,7 @@ void define_layouts(py::module_& m) {
 void define_philox(py::module_& m) {
   m.def("philox", [](const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
     const Philox4 x =
-        philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+        philox4x32_7({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
     return py::make_tuple(x.word[0], x.word[1], x.word[2], x.word[3]);
   });
   m.def("dropout_byte", &dropout_byte);

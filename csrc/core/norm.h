@@ -71,10 +71,10 @@ constexpr int kNormDropoutColumns = 8;
 
 FA_HD constexpr Philox4 norm_dropout_words(uint64_t seed, uint64_t offset, int64_t row,
                                            int column_group) {
-  return philox4x32_10({{static_cast<uint32_t>(column_group), static_cast<uint32_t>(row),
-                         static_cast<uint32_t>(row >> 32), static_cast<uint32_t>(offset)}},
-                       static_cast<uint32_t>(seed),
-                       static_cast<uint32_t>(seed >> 32) ^ static_cast<uint32_t>(offset >> 32));
+  return philox4x32_7({{static_cast<uint32_t>(column_group), static_cast<uint32_t>(row),
+                        static_cast<uint32_t>(row >> 32), static_cast<uint32_t>(offset)}},
+                      static_cast<uint32_t>(seed),
+                      static_cast<uint32_t>(seed >> 32) ^ static_cast<uint32_t>(offset >> 32));
 }
 FA_HD constexpr int norm_dropout_bits(Philox4 words, int column) {
   return static_cast<int>(words.word[column % kNormDropoutColumns / 2] >> column % 2 * 16 & 0xFFFF);

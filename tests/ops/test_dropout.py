@@ -12,14 +12,14 @@ from flash_attn_ext.backends import _problem
 
 WORD = 0xFFFFFFFF
 
-# Random123, kat_vectors, philox4x32 10.
+# Random123, kat_vectors, philox4x32 7.
 KNOWN_ANSWERS = [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((WORD,) * 4, (WORD,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ((0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    ((WORD,) * 4, (WORD,) * 2, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
     (
         (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
         (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
     ),
 ]
 
@@ -58,7 +58,7 @@ def _random_byte(seed: int, offset: int, batch_head: int, row: int, col: int) ->
     lane = (r % 8) * 4 + (c % 8) // 2
     counter = [row // 16, col // 32 * 32 + lane, batch_head, offset & WORD]
     key = [seed & WORD, (seed >> 32) ^ (offset >> 32)]
-    for _ in range(10):
+    for _ in range(7):
         product0, product1 = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
         counter = [
             (product1 >> 32) ^ counter[1] ^ key[0],
