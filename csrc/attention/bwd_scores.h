@@ -37,17 +37,7 @@ FA_DEVICE float2 unpack(uint32_t pair) {
   }
 }
 
-// Which of them a problem has. With softcap alone, code without branches is 12 to 15 % faster: the
-// exponentials of one part of the scores overlap with the rest of another. And with neither softcap
-// nor dropout P is all that the gradient needs.
-struct ModKinds {
-  bool softcap, alibi, dropout;
-  FA_DEVICE bool is_softcap() const { return softcap && !alibi && !dropout; }
-  FA_DEVICE bool is_bias() const { return !softcap && !dropout; }
-};
-struct OnlySoftcap {
-  static constexpr bool softcap = true, alibi = false, dropout = false;
-};
+// Neither softcap nor dropout: P is all that the gradient needs.
 struct OnlyBias {
   static constexpr bool softcap = false, dropout = false;
   bool alibi;
@@ -58,9 +48,7 @@ struct OnlyBias {
 struct TransposedScoreMod {
   ScoreMod mod;
 
-  FA_DEVICE ModKinds kinds() const {
-    return {mod.outer_scale != 0.f, mod.slope != 0.f, mod.keep_threshold < 256};
-  }
+  FA_DEVICE ModKinds kinds() const { return mod.kinds(); }
 
   // What a score of score() is worth in log2 units. Positive: a masked score stays -inf.
   template <class Kinds>

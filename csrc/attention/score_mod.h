@@ -19,6 +19,24 @@ FA_HD constexpr bool has_score_mod(const ScoreParams& p) {
          !(p.softmax_scale > 0.f);
 }
 
+// Which of them a problem has, known when it runs, or when the code is compiled: loops for one of
+// them alone have no branches, behind which nothing would overlap.
+struct ModKinds {
+  bool softcap, alibi, dropout;
+  FA_DEVICE bool is_softcap() const { return softcap && !alibi && !dropout; }
+  FA_DEVICE bool is_bias() const { return !softcap && !dropout; }
+  FA_DEVICE bool is_dropout() const { return dropout && !softcap && !alibi; }
+};
+struct OnlySoftcap {
+  static constexpr bool softcap = true, alibi = false, dropout = false;
+};
+struct OnlyAlibi {  // also with slopes of 0
+  static constexpr bool softcap = false, alibi = true, dropout = false;
+};
+struct OnlyDropout {
+  static constexpr bool softcap = false, alibi = false, dropout = true;
+};
+
 // The constants of one head. A CTA keeps them in shared memory.
 struct ScoreMod {
   float inner_scale;  // of q k^T; with softcap, the argument of tanh
@@ -46,9 +64,17 @@ struct ScoreMod {
     return mod;
   }
 
+  FA_DEVICE ModKinds kinds() const {
+    return {outer_scale != 0.f, slope != 0.f, keep_threshold < 256};
+  }
+
   // Raw q k^T becomes scores in log2 units.
   template <int kM, int kN>
   FA_DEVICE void score(AccumTile<kM, kN>& acc_s, ScoreOrigin origin, int lane) const {
+    score(acc_s, origin, lane, kinds());
+  }
+  template <int kM, int kN, class Kinds>
+  FA_DEVICE void score(AccumTile<kM, kN>& acc_s, ScoreOrigin origin, int lane, Kinds kinds) const {
     FA_UNROLL
     for (auto& band : acc_s.x) {
       FA_UNROLL
@@ -57,7 +83,7 @@ struct ScoreMod {
         for (float& x : column) x *= inner_scale;
       }
     }
-    if (outer_scale != 0.f) {
+    if (kinds.softcap) {
       FA_UNROLL
       for (auto& band : acc_s.x) {
         FA_UNROLL
@@ -67,7 +93,7 @@ struct ScoreMod {
         }
       }
     }
-    if (slope != 0.f) add_alibi(acc_s, origin, lane);
+    if (kinds.alibi) add_alibi(acc_s, origin, lane);
   }
 
   // Whether byte `byte` of a word is below keep_threshold. With that byte on top, the bytes below

@@ -102,11 +102,13 @@ struct FwdConsumer {
       Weights weights;
       int n_block = Layout::first_block(blocks);
       first_step(weights, softmax, work, blocks, n_block);
+      with_kinds(work, [&](auto kinds) {
 #pragma unroll 1
-      while (n_block != Layout::last_block(blocks)) {
-        n_block += Layout::kStep;
-        step(weights, acc_o, softmax, work, blocks, n_block);
-      }
+        while (n_block != Layout::last_block(blocks)) {
+          n_block += Layout::kStep;
+          step(weights, acc_o, softmax, work, blocks, n_block, kinds);
+        }
+      });
       if (!Layout::kStoresByTma) release(q);  // the last S is complete
       v.wait_full();
       if (Layout::kAscending) clear_values_behind(work, blocks.end - 1);
@@ -155,6 +157,8 @@ struct FwdConsumer {
   FA_DEVICE void first_step(Weights& weights, Softmax& softmax, const Work& work,
                             const BlockRange& blocks, int n_block) {
     Scores acc_s;
+    ModKinds kinds{};
+    if constexpr (Layout::kScoreMod) kinds = work.mod.kinds();
     k.wait_full();
     issue_qk(acc_s);
     release_output_stage();
@@ -162,21 +166,41 @@ struct FwdConsumer {
     ptx::wgmma_fence_operand(acc_s.x[0]);
     release(k);
     k.advance();
-    modify_scores(acc_s, work, blocks, n_block);
+    modify_scores(acc_s, work, blocks, n_block, kinds);
     if constexpr (Layout::kKeepsReference) {
       softmax.start(acc_s, launch.scale_log2, launch.threshold);
     } else {
       softmax.start(acc_s, launch.scale_log2);
     }
     softmax.weigh_far(acc_s, launch.scale_log2);
-    drop(acc_s, work, n_block);
+    drop(acc_s, work, n_block, kinds);
     weights = as_a_operand<T>(acc_s);
     if (!Layout::kAscending) clear_values_behind(work, n_block);
   }
 
+  // The loop, once for each kind of score modification that comes alone.
+  template <class Loop>
+  FA_DEVICE static void with_kinds(const Work& work, Loop loop) {
+    if constexpr (!Layout::kScoreMod) {
+      loop(ModKinds{});
+    } else {
+      const ModKinds kinds = work.mod.kinds();
+      if (kinds.is_softcap()) {
+        loop(OnlySoftcap{});
+      } else if (kinds.is_bias()) {
+        loop(OnlyAlibi{});
+      } else if (kinds.is_dropout()) {
+        loop(OnlyDropout{});
+      } else {
+        loop(kinds);
+      }
+    }
+  }
+
   // S and weights of a block, and meanwhile O += P V of the block before.
+  template <class Kinds>
   FA_DEVICE void step(Weights& weights, Output& acc_o, Softmax& softmax, const Work& work,
-                      const BlockRange& blocks, int n_block) {
+                      const BlockRange& blocks, int n_block, Kinds kinds) {
     Scores acc_s;
     k.wait_full();
     if (Layout::kTakesTurns) wait_for_turn();
@@ -188,11 +212,11 @@ struct FwdConsumer {
     ptx::wgmma_fence_operand(acc_s.x[0]);
     release(k);
     k.advance();
-    modify_scores(acc_s, work, blocks, n_block);
+    modify_scores(acc_s, work, blocks, n_block, kinds);
     float factor[Softmax::kRows];
     const bool moved = softmax.follow(acc_s, launch.scale_log2, launch.threshold, factor);
     weigh(acc_s, softmax);
-    drop(acc_s, work, n_block);
+    drop(acc_s, work, n_block, kinds);
     ptx::wgmma_wait_group<0>();  // O is complete, V and the weights read
     ptx::wgmma_fence_operand(acc_o.x[0]);
     release(v);
@@ -234,9 +258,10 @@ struct FwdConsumer {
     return {first_row(work), n_block * kTile.tile_n};
   }
   // Raw scores become masked scores, in the units of the softmax.
+  template <class Kinds>
   FA_DEVICE void modify_scores(Scores& acc_s, const Work& work, const BlockRange& blocks,
-                               int n_block) const {
-    if constexpr (Layout::kScoreMod) work.mod.score(acc_s, origin(work, n_block), lane);
+                               int n_block, Kinds kinds) const {
+    if constexpr (Layout::kScoreMod) work.mod.score(acc_s, origin(work, n_block), lane, kinds);
     if (n_block >= blocks.full_end || n_block < blocks.full_begin)
       apply_mask(acc_s, work.mask, origin(work, n_block), lane);
   }
@@ -248,9 +273,10 @@ struct FwdConsumer {
     }
   }
   // Weights that dropout drops become 0. Their sum, and so the LSE, has them already.
-  FA_DEVICE void drop(Scores& acc_p, const Work& work, int n_block) const {
+  template <class Kinds>
+  FA_DEVICE void drop(Scores& acc_p, const Work& work, int n_block, Kinds kinds) const {
     if constexpr (Layout::kScoreMod) {
-      if (work.mod.keep_threshold == 256) return;
+      if (!kinds.dropout) return;
       work.mod.template for_each_kept<1, kN>(origin(work, n_block), lane,
                                              [&](int, int n, int reg, bool kept) {
                                                if (!kept) acc_p.x[0][n][reg] = 0.f;
