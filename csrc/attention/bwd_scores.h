@@ -61,15 +61,19 @@ struct TransposedScoreMod {
   // Raw q k^T becomes scores in unit(): raw ones, tanh, or log2 units.
   template <int kM, int kN>
   FA_DEVICE void score(AccumTile<kM, kN>& acc_s, TransposedOrigin origin, int lane) const {
-    const bool capped = mod.outer_scale != 0.f, biased = mod.slope != 0.f;
-    if (capped)
+    score(acc_s, origin, lane, kinds());
+  }
+  template <int kM, int kN, class Kinds>
+  FA_DEVICE void score(AccumTile<kM, kN>& acc_s, TransposedOrigin origin, int lane,
+                       Kinds kinds) const {
+    if (kinds.softcap)
       for_each(acc_s, [&](float& x, int, int, int) { x = ptx::tanh_approx(x * mod.inner_scale); });
-    if (biased) {
-      const float scale = capped ? mod.outer_scale : mod.inner_scale;
+    if (kinds.alibi) {
+      const float scale = kinds.softcap ? mod.outer_scale : mod.inner_scale;
       for_each(acc_s, [&](float& x, int m, int n, int i) {
         x = fmaf(x, scale, -bias(origin, lane, m, n, i));
       });
-    } else if (!capped && !(mod.inner_scale > 0.f)) {
+    } else if (!kinds.softcap && !(mod.inner_scale > 0.f)) {
       for_each(acc_s, [&](float& x, int, int, int) { x *= mod.inner_scale; });
     }
   }

@@ -37,6 +37,26 @@ struct OnlyDropout {
   static constexpr bool softcap = false, alibi = false, dropout = true;
 };
 
+FA_DEVICE ModKinds mod_kinds(const ScoreParams& p) {
+  return {p.softcap != 0.f, p.alibi_slopes != nullptr, p.keep_threshold < 256};
+}
+
+// loop(kinds), where kinds are constants if there is one alone.
+template <bool kScoreMod, class Loop>
+FA_DEVICE void with_mod_kinds(ModKinds kinds, Loop loop) {
+  if (!kScoreMod) {
+    loop(ModKinds{});
+  } else if (kinds.is_softcap()) {
+    loop(OnlySoftcap{});
+  } else if (kinds.is_bias()) {
+    loop(OnlyAlibi{});
+  } else if (kinds.is_dropout()) {
+    loop(OnlyDropout{});
+  } else {
+    loop(kinds);
+  }
+}
+
 // The constants of one head. A CTA keeps them in shared memory.
 struct ScoreMod {
   float inner_scale;  // of q k^T; with softcap, the argument of tanh

@@ -101,12 +101,14 @@ struct FwdConsumer {
       skip(Layout::kAscending ? lower : upper, true);
       Weights weights;
       int n_block = Layout::first_block(blocks);
-      first_step(weights, softmax, work, blocks, n_block);
-      with_kinds(work, [&](auto kinds) {
+      ModKinds kinds{};
+      if constexpr (Layout::kScoreMod) kinds = work.mod.kinds();
+      first_step(weights, softmax, work, blocks, n_block, kinds);
+      with_mod_kinds<Layout::kScoreMod>(kinds, [&](auto only) {
 #pragma unroll 1
         while (n_block != Layout::last_block(blocks)) {
           n_block += Layout::kStep;
-          step(weights, acc_o, softmax, work, blocks, n_block, kinds);
+          step(weights, acc_o, softmax, work, blocks, n_block, only);
         }
       });
       if (!Layout::kStoresByTma) release(q);  // the last S is complete
@@ -155,10 +157,8 @@ struct FwdConsumer {
 
   // S = Q K^T of the first block, and its weights. No product is under way behind it.
   FA_DEVICE void first_step(Weights& weights, Softmax& softmax, const Work& work,
-                            const BlockRange& blocks, int n_block) {
+                            const BlockRange& blocks, int n_block, ModKinds kinds) {
     Scores acc_s;
-    ModKinds kinds{};
-    if constexpr (Layout::kScoreMod) kinds = work.mod.kinds();
     k.wait_full();
     issue_qk(acc_s);
     release_output_stage();
@@ -176,25 +176,6 @@ struct FwdConsumer {
     drop(acc_s, work, n_block, kinds);
     weights = as_a_operand<T>(acc_s);
     if (!Layout::kAscending) clear_values_behind(work, n_block);
-  }
-
-  // The loop, once for each kind of score modification that comes alone.
-  template <class Loop>
-  FA_DEVICE static void with_kinds(const Work& work, Loop loop) {
-    if constexpr (!Layout::kScoreMod) {
-      loop(ModKinds{});
-    } else {
-      const ModKinds kinds = work.mod.kinds();
-      if (kinds.is_softcap()) {
-        loop(OnlySoftcap{});
-      } else if (kinds.is_bias()) {
-        loop(OnlyAlibi{});
-      } else if (kinds.is_dropout()) {
-        loop(OnlyDropout{});
-      } else {
-        loop(kinds);
-      }
-    }
   }
 
   // S and weights of a block, and meanwhile O += P V of the block before.
