@@ -44,14 +44,19 @@ Plan companion_plan(const Problem& p, const DeviceFacts& device) {
   }
   plan.vectorized = is_vectorized(p);
   const bool backward = p.family == Family::kNormBwd;
-  const NormShare share = backward ? norm_bwd_share(p.head_dim) : norm_fwd_share(p.head_dim);
+  // A ring that does not fit because of the other tensors' types: the kernel without runs as many
+  // CTAs of its own size.
+  const bool ring = plan.vectorized && (!backward || p.head_dim <= kMaxNormBwdRegisterSize);
+  const NormShare share = backward
+                              ? ring ? norm_bwd_ring_share(p.head_dim) : norm_bwd_share(p.head_dim)
+                          : ring ? norm_fwd_ring_share(p.head_dim)
+                                 : norm_fwd_share(p.head_dim);
   plan.tile_m = share.rows;
   plan.num_threads = share.num_threads();
-  if (!backward) {
-    plan.num_ctas = ceil_div(p.seqlen_q, share.rows);
-    return plan;
-  }
-  plan.num_ctas = norm_bwd_ctas(p.head_dim, p.seqlen_q, device.num_sms);
+  plan.num_ctas = !ring && !backward ? ceil_div(p.seqlen_q, share.rows)
+                                     : norm_ctas(share, p.seqlen_q, device.num_sms,
+                                                 ring ? kMaxNormRingThreads : kMaxNormBwdThreads);
+  if (!backward) return plan;
   plan.smem_bytes = norm_bwd_smem_bytes(p.head_dim, p.bias);
   plan.workspace_bytes = (p.bias ? 2 : 1) * plan.num_ctas * norm_partial_stride(p.head_dim) *
                          static_cast<int64_t>(sizeof(float));
