@@ -74,7 +74,7 @@ template <Arch kArch, int kHeadDim>
 __global__ void __launch_bounds__(fwd_num_threads(kArch, kFwdTile<kArch, kHeadDim>))
     probe_tiles(int* out) {
   constexpr FwdTileConfig kFwd = kFwdTile<kArch, kHeadDim>;
-  constexpr BwdTileConfig kBwd = bwd_tile_config(kArch, kHeadDim, MaskKind::kBordered);
+  constexpr BwdTileConfig kBwd = bwd_tile_config(kArch, kHeadDim);
   static_assert(fwd_smem_bytes(kFwd, kHeadDim, kHeadDim) <= max_smem_bytes(kArch));
   static_assert(bwd_smem_bytes(kBwd, kHeadDim) <= max_smem_bytes(kArch));
   constexpr int kRegisters = warpgroup_registers(2).consumer;

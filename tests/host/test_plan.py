@@ -287,7 +287,7 @@ def test_what_sm90_fwd_leaves_to_sm80(introspect: ModuleType) -> None:
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_sm90_bwd(introspect: ModuleType, dtype: str, head_dim: int) -> None:
     """All options; a CTA or a pair for each tile of keys; dQ of whole tiles of 64 rows."""
-    tile = introspect.bwd_tile_config("sm90", head_dim, False)
+    tile = introspect.bwd_tile_config("sm90", head_dim)
     assert (tile["tile_m"], tile["tile_n"], tile["num_threads"]) == (64, 128, 512)
     padding = 2 * 256 * (-head_dim % 64) + 2 * tile["num_q_stages"] * 128 * (-head_dim % 64)
     sizes = {"dtype": dtype, "head_dim": head_dim - 8, "head_dim_v": head_dim, "seqlen_q": 1000}
