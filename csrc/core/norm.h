@@ -2,8 +2,9 @@
 //
 // A row is one vector of hidden_size elements. A group of threads keeps it in registers, so that it
 // is read once, and then goes on to another row, which is on its way into shared memory meanwhile
-// (a ring of rows): where rows are aligned, and shared memory has room. Without a ring the backward
-// keeps the weights' gradients of a CTA's columns there.
+// (a ring of rows): in 16 bits, where rows are aligned and shared memory has room. Rows of fp32
+// have enough bytes under way without. The backward without a ring keeps the weights' gradients of
+// a CTA's columns in shared memory.
 #pragma once
 #include "core/philox.h"
 
@@ -65,11 +66,21 @@ FA_HD constexpr int norm_bwd_vectors(int hidden_size) {
   return ceil_div(hidden_size, norm_bwd_share(hidden_size).lanes * kNormVec);
 }
 
+// Bytes of the backward's ring, where the weights' gradients are in the end.
+FA_HD constexpr int norm_bwd_ring_smem_bytes(int hidden_size, bool has_dsum) {
+  return norm_ring_smem_bytes(norm_bwd_ring_share(hidden_size), kNormBwdRingColumns,
+                              has_dsum ? 3 * 2 : 2 * 2);
+}
+static_assert(kNormRingStages * 2 * 2 >= 2 * sizeof(float), "room for two gradients of a column");
+
 // CTAs: as many as the GPU runs at once, each with a share of the rows and, in the backward, one
 // partial gradient of the weights.
 FA_HD constexpr int64_t norm_ctas(NormShare share, int64_t rows, int num_sms, int threads_per_sm) {
   const int64_t at_once = int64_t{num_sms} * max(1, threads_per_sm / share.num_threads());
   return clamp(ceil_div<int64_t>(rows, share.rows), int64_t{1}, at_once);
+}
+FA_HD constexpr int64_t norm_bwd_ctas(int hidden_size, int64_t rows, int num_sms) {
+  return norm_ctas(norm_bwd_share(hidden_size), rows, num_sms, kMaxNormBwdThreads);
 }
 // Elements of a row of the partial gradients.
 FA_HD constexpr int norm_partial_stride(int hidden_size) {

@@ -198,7 +198,6 @@ struct NormFwdParams {
 
   int64_t rows, x_stride, residual_stride;  // strides: elements between rows
   int hidden_size;
-  int num_ctas;        // of the plan, with a ring
   int max_smem_bytes;  // that a CTA may have
   int keep_threshold;  // of 65536, core/norm.h
   float eps;
@@ -228,7 +227,7 @@ struct NormBwdParams {
 
   int64_t rows, dout_stride, sum_stride, dsum_stride;
   int hidden_size;
-  int num_ctas;        // of the plan
+  int num_ctas;        // at most
   int max_smem_bytes;  // that a CTA may have
   int keep_threshold;
   float weight_offset;

@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(kMaxNormBwdThreads)
   if (p.dbias != nullptr) dbias.store(columns, group, partial + partial_size);
 }
 
-// Rows are aligned, and have at most kMaxNormBwdRegisterSize elements.
-template <class T, class Sum>
+// Rows are aligned and have at most kMaxNormBwdRegisterSize elements, of 16 bits, in all tensors.
+template <class T>
 __global__ void __launch_bounds__(kMaxNormRingThreads)
     norm_bwd_ring_kernel(const __grid_constant__ NormBwdParams p, int lanes) {
   using Columns = NormColumns<kNormBwdRingColumns, true>;
@@ -179,10 +179,9 @@ __global__ void __launch_bounds__(kMaxNormRingThreads)
 
   const RingRows<T, Columns> douts{static_cast<const T*>(p.dout), p.dout_stride,
                                    reinterpret_cast<uint4*>(smem) + thread, threads};
-  const RingRows<Sum, Columns> sums{static_cast<const Sum*>(p.sum), p.sum_stride, douts.end(),
-                                    threads};
-  const RingRows<Sum, Columns> dsums{static_cast<const Sum*>(p.dsum), p.dsum_stride, sums.end(),
-                                     threads};
+  const RingRows<T, Columns> sums{static_cast<const T*>(p.sum), p.sum_stride, douts.end(), threads};
+  const RingRows<T, Columns> dsums{static_cast<const T*>(p.dsum), p.dsum_stride, sums.end(),
+                                   threads};
   float next_mean = 0.f, next_rstd = 0.f;
   const auto fetch = [&](int64_t row, int stage) {
     if (row < p.rows) {
@@ -245,7 +244,7 @@ __global__ void __launch_bounds__(kMaxNormRingThreads)
       if (p.dsum != nullptr) dsums.read(stage, v, ds);
       FA_UNROLL
       for (int i = 0; i < kNormVec; ++i) ds[i] += g[v][i] * rstd + (n[v][i] * along + average);
-      if (p.dresidual != nullptr) columns.store(static_cast<Sum*>(p.dresidual) + at, v, ds);
+      if (p.dresidual != nullptr) columns.store(static_cast<T*>(p.dresidual) + at, v, ds);
       if (p.keep_threshold < kNormKeepAll)
         NormDropout(p.rng_state, p.keep_threshold).apply(row, columns.column(v), ds);
       FA_UNROLL
@@ -311,44 +310,54 @@ int launch_norm_bwd_kernel(const NormBwdParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Bytes of the ring, or of the parts that are there in the end.
 template <class T, class Sum>
-int norm_bwd_ring_smem_bytes(const NormBwdParams& p, NormShare share) {
-  const int of_column = sizeof(T) + sizeof(Sum) + (p.dsum == nullptr ? 0 : sizeof(Sum));
-  return max(norm_ring_smem_bytes(share, kNormBwdRingColumns, of_column),
-             2 * share.num_threads() * kNormBwdRingColumns * static_cast<int>(sizeof(float)));
+bool has_norm_bwd_ring(const NormBwdParams& p) {
+  if constexpr (kHasNormRing<T, Sum>)
+    return p.vectorized && p.hidden_size <= kMaxNormBwdRegisterSize &&
+           norm_bwd_ring_smem_bytes(p.hidden_size, p.dsum != nullptr) + kNormScratchBytes <=
+               p.max_smem_bytes;
+  return false;
+}
+template <class T>
+int launch_norm_bwd_ring(const NormBwdParams& p, cudaStream_t stream) {
+  constexpr auto kKernel = norm_bwd_ring_kernel<T>;
+  const NormShare share = norm_bwd_ring_share(p.hidden_size);
+  const cudaError_t error = allow_norm_ring<kKernel>();
+  if (error != cudaSuccess) return error;
+  kKernel<<<p.num_ctas, share.num_threads(),
+            norm_bwd_ring_smem_bytes(p.hidden_size, p.dsum != nullptr), stream>>>(p, share.lanes);
+  return cudaGetLastError();
 }
 
 // Wide rows are aligned: the plan takes no others.
 template <class T, class Sum>
-int launch_norm_bwd_rows(const NormBwdParams& p, cudaStream_t stream) {
-  const NormShare share = norm_bwd_ring_share(p.hidden_size);
-  const bool wide = p.hidden_size > kMaxNormBwdRegisterSize;
-  if (p.vectorized && !wide) {
-    const int smem_bytes = norm_bwd_ring_smem_bytes<T, Sum>(p, share);
-    if (smem_bytes + kNormScratchBytes <= p.max_smem_bytes) {
-      constexpr auto kKernel = norm_bwd_ring_kernel<T, Sum>;
-      const cudaError_t error = allow_norm_ring<kKernel>();
-      if (error != cudaSuccess) return error;
-      kKernel<<<static_cast<unsigned>(p.num_ctas), share.num_threads(), smem_bytes, stream>>>(
-          p, share.lanes);
-      return cudaGetLastError();
-    }
+int launch_norm_bwd_rows(NormBwdParams p, cudaStream_t stream) {
+  const bool ring = has_norm_bwd_ring<T, Sum>(p);
+  int ctas = 0;
+  int error =
+      resident_norm_ctas(ring ? norm_bwd_ring_share(p.hidden_size) : norm_bwd_share(p.hidden_size),
+                         p.rows, ring ? kMaxNormRingThreads : kMaxNormBwdThreads, ctas);
+  if (error != cudaSuccess) return error;
+  p.num_ctas = min(p.num_ctas, ctas);
+  if constexpr (kHasNormRing<T, Sum>) {
+    if (ring) error = launch_norm_bwd_ring<T>(p, stream);
   }
-  return wide           ? launch_norm_bwd_kernel<T, Sum, true, true>(p, stream)
-         : p.vectorized ? launch_norm_bwd_kernel<T, Sum, true, false>(p, stream)
-                        : launch_norm_bwd_kernel<T, Sum, false, false>(p, stream);
-}
-
-template <class T>
-int launch_norm_bwd(const NormBwdParams& p, cudaStream_t stream) {
-  const int error = p.sum_dtype == p.dtype ? launch_norm_bwd_rows<T, T>(p, stream)
-                                           : launch_norm_bwd_rows<T, float>(p, stream);
+  if (!ring)
+    error = p.hidden_size > kMaxNormBwdRegisterSize
+                ? launch_norm_bwd_kernel<T, Sum, true, true>(p, stream)
+            : p.vectorized ? launch_norm_bwd_kernel<T, Sum, true, false>(p, stream)
+                           : launch_norm_bwd_kernel<T, Sum, false, false>(p, stream);
   if (error != cudaSuccess) return error;
   const dim3 grid(ceil_div(p.hidden_size, kNormReduceColumns), p.dbias == nullptr ? 1 : 2);
   const auto reduce = p.weight_is_fp32 ? norm_reduce_kernel<float> : norm_reduce_kernel<T>;
   reduce<<<grid, dim3(kNormReduceColumns, kNormReduceRows), 0, stream>>>(p);
   return cudaGetLastError();
+}
+
+template <class T>
+int launch_norm_bwd(const NormBwdParams& p, cudaStream_t stream) {
+  return p.sum_dtype == p.dtype ? launch_norm_bwd_rows<T, T>(p, stream)
+                                : launch_norm_bwd_rows<T, float>(p, stream);
 }
 
 }  // namespace fa

@@ -184,8 +184,8 @@ __global__ void __launch_bounds__(kMaxNormFwdThreads)
                });
 }
 
-// Rows are aligned.
-template <class T, class Sum>
+// Rows are aligned, T has 16 bits, and so has the residual.
+template <class T>
 __global__ void __launch_bounds__(kMaxNormRingThreads)
     norm_fwd_ring_kernel(const __grid_constant__ NormFwdParams p, int lanes) {
   using Columns = NormColumns<kNormFwdRingColumns, true>;
@@ -198,8 +198,8 @@ __global__ void __launch_bounds__(kMaxNormRingThreads)
   const int64_t step = int64_t{gridDim.x} * groups;
 
   const RingRows<T, Columns> xs{static_cast<const T*>(p.x), p.x_stride, smem + thread, threads};
-  const RingRows<Sum, Columns> residuals{static_cast<const Sum*>(p.residual), p.residual_stride,
-                                         xs.end(), threads};
+  const RingRows<T, Columns> residuals{static_cast<const T*>(p.residual), p.residual_stride,
+                                       xs.end(), threads};
   const auto fetch = [&](int64_t row, int stage) {
     if (row < p.rows) {
       xs.fetch(row, columns, stage);
@@ -222,8 +222,8 @@ __global__ void __launch_bounds__(kMaxNormRingThreads)
     float sum[kVectors][kNormVec];
     FA_UNROLL
     for (int v = 0; v < kVectors; ++v) xs.read(stage, v, sum[v]);
-    make_sum<Sum>(p, has_row ? row : 0, has_row, columns, sum,
-                  [&](int v, float (&r)[kNormVec]) { residuals.read(stage, v, r); });
+    make_sum<T>(p, has_row ? row : 0, has_row, columns, sum,
+                [&](int v, float (&r)[kNormVec]) { residuals.read(stage, v, r); });
     fetch(row + step, stage ^ 1);  // where the row before was
     const RowMoments moments = row_moments(sum, columns, group, p.mean != nullptr, scratch[stage]);
     if (!has_row) continue;
@@ -240,17 +240,19 @@ __global__ void __launch_bounds__(kMaxNormRingThreads)
 
 template <class T, class Sum>
 int launch_norm_fwd_of(const NormFwdParams& p, cudaStream_t stream) {
-  const NormShare ring_share = norm_fwd_ring_share(p.hidden_size);
-  const int ring_bytes =
-      norm_ring_smem_bytes(ring_share, kNormFwdRingColumns,
-                           static_cast<int>(sizeof(T) + (p.residual == nullptr ? 0 : sizeof(Sum))));
-  if (p.vectorized && ring_bytes + kNormScratchBytes <= p.max_smem_bytes) {
-    constexpr auto kKernel = norm_fwd_ring_kernel<T, Sum>;
-    const cudaError_t error = allow_norm_ring<kKernel>();
-    if (error != cudaSuccess) return error;
-    kKernel<<<static_cast<unsigned>(p.num_ctas), ring_share.num_threads(), ring_bytes, stream>>>(
-        p, ring_share.lanes);
-    return cudaGetLastError();
+  if constexpr (kHasNormRing<T, Sum>) {
+    const NormShare share = norm_fwd_ring_share(p.hidden_size);
+    const int ring_bytes =
+        norm_ring_smem_bytes(share, kNormFwdRingColumns, p.residual == nullptr ? 2 : 2 + 2);
+    if (p.vectorized && ring_bytes + kNormScratchBytes <= p.max_smem_bytes) {
+      constexpr auto kKernel = norm_fwd_ring_kernel<T>;
+      int ctas = 0;
+      cudaError_t error = resident_norm_ctas(share, p.rows, kMaxNormRingThreads, ctas);
+      if (error == cudaSuccess) error = allow_norm_ring<kKernel>();
+      if (error != cudaSuccess) return error;
+      kKernel<<<ctas, share.num_threads(), ring_bytes, stream>>>(p, share.lanes);
+      return cudaGetLastError();
+    }
   }
   const NormShare share = norm_fwd_share(p.hidden_size);
   const int64_t ctas = ceil_div<int64_t>(p.rows, share.rows);

@@ -122,6 +122,10 @@ struct RingRows {
 // Of the kernels with a ring, beside it: what the warps of a row exchange in two rows.
 constexpr int kNormScratchBytes = 2 * 2 * kWarpSize * static_cast<int>(sizeof(float));
 
+// fp32 goes without: a thread would copy 16 bytes of each 32, half a sector at a time.
+template <class T, class Sum>
+constexpr bool kHasNormRing = sizeof(T) == 2 && sizeof(Sum) == 2;
+
 // Lets kKernel have a ring of any size that the current device has room for.
 template <auto kKernel>
 cudaError_t allow_norm_ring() {
@@ -130,6 +134,15 @@ cudaError_t allow_norm_ring() {
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return error == cudaSuccess ? allow_dynamic_smem<kKernel>(most - kNormScratchBytes) : error;
+}
+// CTAs of a kernel whose threads, threads_per_sm of them, stay for all rows.
+inline cudaError_t resident_norm_ctas(NormShare share, int64_t rows, int threads_per_sm,
+                                      int& ctas) {
+  int num_sms = 0;
+  const cudaError_t error = num_multiprocessors(num_sms);
+  if (error == cudaSuccess)
+    ctas = static_cast<int>(norm_ctas(share, rows, num_sms, threads_per_sm));
+  return error;
 }
 
 // What dropout does to a row.
