@@ -277,9 +277,6 @@ void define_philox(py::module_& m) {
 }
 
 void define_tiles(py::module_& m) {
-  const auto mask_kind = [](bool bordered) {
-    return bordered ? MaskKind::kBordered : MaskKind::kFull;
-  };
   m.def("built_head_dim", &built_head_dim);
   m.def("max_smem_bytes", [](const std::string& arch) { return max_smem_bytes(parse_arch(arch)); });
   // arch: of the kernels.
@@ -316,9 +313,9 @@ void define_tiles(py::module_& m) {
         py::arg("smem_bytes") = bwd_smem_bytes(c, built),
         py::arg("accum_regs") = bwd_accum_regs(c, built));
   };
-  m.def("bwd_tile_config", [=](const std::string& arch_text, int head_dim, bool bordered) {
+  m.def("bwd_tile_config", [=](const std::string& arch_text, int head_dim) {
     const Arch arch = parse_arch(arch_text);
-    return bwd_tile_dict(arch, bwd_tile_config(arch, head_dim, mask_kind(bordered)), head_dim);
+    return bwd_tile_dict(arch, bwd_tile_config(arch, head_dim), head_dim);
   });
   m.def("sm80_bwd_tile_config", [=](const std::string& gpu, int head_dim) {
     return bwd_tile_dict(Arch::kSm80, sm80_bwd_tile_config(parse_arch(gpu), head_dim), head_dim);

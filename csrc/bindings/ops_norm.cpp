@@ -101,6 +101,7 @@ FwdResult norm_fwd(const Tensor& x, const OptionalTensor& residual, const Tensor
   p.x_stride = x.stride(0);
   p.residual_stride = residual ? residual->stride(0) : 0;
   p.hidden_size = to_int("hidden_size", x.size(1));
+  p.max_smem_bytes = device_facts(x.get_device_index()).max_smem_bytes;
   p.keep_threshold = norm_keep_threshold(dropout_p);
   p.eps = static_cast<float>(eps);
   p.weight_offset = static_cast<float>(weight_offset);
@@ -160,6 +161,7 @@ BwdResult norm_bwd(const Tensor& dout, const Tensor& sum, const OptionalTensor& 
   p.dsum_stride = dsum ? dsum->stride(0) : 0;
   p.hidden_size = hidden_size;
   p.num_ctas = static_cast<int>(kernel.plan.num_ctas);
+  p.max_smem_bytes = device_facts(dout.get_device_index()).max_smem_bytes;
   p.keep_threshold = norm_keep_threshold(dropout_p);
   p.weight_offset = static_cast<float>(weight_offset);
   p.dtype = *dtype_of(dout.scalar_type());

@@ -16,7 +16,7 @@ namespace fa {
 
 // Raised with every change of a struct below or of core/backend.h: a library built from other
 // sources is refused instead of being called with the wrong layout.
-constexpr uint32_t kKernelAbiVersion = 7;
+constexpr uint32_t kKernelAbiVersion = 8;
 
 // Strides of a [batch, token, head, dim] tensor, elements. Varlen ([total, head, dim]): batch == 0.
 struct Strides {
@@ -198,6 +198,7 @@ struct NormFwdParams {
 
   int64_t rows, x_stride, residual_stride;  // strides: elements between rows
   int hidden_size;
+  int max_smem_bytes;  // that a CTA may have
   int keep_threshold;  // of 65536, core/norm.h
   float eps;
   float weight_offset;     // added to every weight
@@ -226,7 +227,8 @@ struct NormBwdParams {
 
   int64_t rows, dout_stride, sum_stride, dsum_stride;
   int hidden_size;
-  int num_ctas;  // of the plan
+  int num_ctas;        // at most
+  int max_smem_bytes;  // that a CTA may have
   int keep_threshold;
   float weight_offset;
   DType dtype, sum_dtype;

@@ -207,7 +207,7 @@ struct BwdTileConfig {
 
 // K and V stay, Q and dO stream: dK and dV are complete in one CTA, dQ is added up in global
 // memory.
-FA_HD constexpr BwdTileConfig bwd_tile_config(Arch arch, int head_dim, MaskKind) {
+FA_HD constexpr BwdTileConfig bwd_tile_config(Arch arch, int head_dim) {
   const int built = built_head_dim(head_dim);
   // clang-format off
   switch (arch) {
@@ -259,7 +259,7 @@ FA_HD constexpr BwdTileConfig sm80_bwd_tile_config(Arch gpu, int head_dim) {
   const int built = built_head_dim(head_dim);
   if (gpu == Arch::kSm90 && built == 64) return {64, 128, 2, 2, 2, 4, false, false};  // 96 KB
   if (gpu == Arch::kSm90 && built == 96) return {64, 64, 2, 2, 2, 4, false, false};   // 88 KB
-  return bwd_tile_config(gpu == Arch::kSm90 ? Arch::kSm80 : gpu, head_dim, MaskKind::kFull);
+  return bwd_tile_config(gpu == Arch::kSm90 ? Arch::kSm80 : gpu, head_dim);
 }
 
 // Whether SM80's backward has a kernel that writes dQ at once where one tile has all keys, instead
@@ -350,13 +350,13 @@ FA_HD constexpr bool bwd_config_fits(Arch arch, BwdTileConfig c, int head_dim) {
   const int max_regs = sm90 ? warpgroup_registers(c.num_warps / 4).consumer - 16 : 200;
   return tiles && smem <= max_smem_bytes(arch) && bwd_accum_regs(c, head_dim) <= max_regs;
 }
-FA_HD constexpr bool all_configs_fit(Arch arch, MaskKind mask) {
+FA_HD constexpr bool all_configs_fit(Arch arch) {
   for (int head_dim = 1; head_dim <= kMaxHeadDim; ++head_dim) {
     const int built = built_head_dim(head_dim);
     if (arch != Arch::kSm90 &&
         !fwd_config_fits(arch, fwd_tile_config(arch, head_dim), built, built))
       return false;
-    if (!bwd_config_fits(arch, bwd_tile_config(arch, head_dim, mask), built)) return false;
+    if (!bwd_config_fits(arch, bwd_tile_config(arch, head_dim), built)) return false;
   }
   return true;
 }
@@ -375,12 +375,9 @@ FA_HD constexpr bool bwd_registers_fit(BwdRegisters regs) {
          regs.producer + regs.dq + 2 * regs.consumer <= 4 * regs.at_launch;
 }
 
-static_assert(all_configs_fit(Arch::kSm80, MaskKind::kFull));
-static_assert(all_configs_fit(Arch::kSm80, MaskKind::kBordered));
-static_assert(all_configs_fit(Arch::kSm89, MaskKind::kFull));
-static_assert(all_configs_fit(Arch::kSm89, MaskKind::kBordered));
-static_assert(all_configs_fit(Arch::kSm90, MaskKind::kFull));
-static_assert(all_configs_fit(Arch::kSm90, MaskKind::kBordered));
+static_assert(all_configs_fit(Arch::kSm80));
+static_assert(all_configs_fit(Arch::kSm89));
+static_assert(all_configs_fit(Arch::kSm90));
 static_assert(2 * (fwd_smem_bytes(sm80_fwd_tile_config(Arch::kSm90, 256), 256, 256) + 2048) <=
               max_smem_bytes(Arch::kSm90));  // two CTAs, 1 KB of static memory and 1 KB of CUDA's
 static_assert(sm90_fwd_configs_fit(Sm90FwdTile::kLong) &&

@@ -100,9 +100,8 @@ Plan fwd_tile_of(Arch arch, const Problem& p, const DeviceFacts& device) {
 Plan bwd_tile_of(Arch arch, const Problem& p, const DeviceFacts& device) {
   Plan plan;
   plan.tiles = tiles_for(arch, p, device);
-  const BwdTileConfig tile = arch == Arch::kSm80
-                                 ? sm80_bwd_tile_config(plan.tiles, built_size(p))
-                                 : bwd_tile_config(plan.tiles, built_size(p), MaskKind::kFull);
+  const BwdTileConfig tile = arch == Arch::kSm80 ? sm80_bwd_tile_config(plan.tiles, built_size(p))
+                                                 : bwd_tile_config(plan.tiles, built_size(p));
   plan.tile_m = tile.tile_m;
   plan.tile_n = tile.tile_n;
   plan.num_stages = tile.num_q_stages;
@@ -138,7 +137,7 @@ int64_t bwd_workspace_bytes(const Problem& p, const Plan& plan) {
 }
 
 int sm90_bwd_ctas_of_tile(const Problem& p) {
-  return bwd_tile_config(Arch::kSm90, built_size(p), MaskKind::kFull).num_ctas;
+  return bwd_tile_config(Arch::kSm90, built_size(p)).num_ctas;
 }
 
 // Twice as fast as SM80's on an SM, whose CTAs share the query heads of a KV head where there are

@@ -44,14 +44,24 @@ Plan companion_plan(const Problem& p, const DeviceFacts& device) {
   }
   plan.vectorized = is_vectorized(p);
   const bool backward = p.family == Family::kNormBwd;
-  const NormShare share = backward ? norm_bwd_share(p.head_dim) : norm_fwd_share(p.head_dim);
+  // A ring if the other tensors are of this type too. Where they are not, the launch takes the
+  // kernel without, in as many CTAs as that has at once; the backward has partial gradients for
+  // either.
+  const bool ring = plan.vectorized && p.dtype != DType::kFloat32 &&
+                    (!backward || p.head_dim <= kMaxNormBwdRegisterSize);
+  const NormShare share = backward
+                              ? ring ? norm_bwd_ring_share(p.head_dim) : norm_bwd_share(p.head_dim)
+                          : ring ? norm_fwd_ring_share(p.head_dim)
+                                 : norm_fwd_share(p.head_dim);
   plan.tile_m = share.rows;
   plan.num_threads = share.num_threads();
+  const int64_t ring_ctas = norm_ctas(share, p.seqlen_q, device.num_sms, kMaxNormRingThreads);
   if (!backward) {
-    plan.num_ctas = ceil_div(p.seqlen_q, share.rows);
+    plan.num_ctas = ring ? ring_ctas : ceil_div(p.seqlen_q, share.rows);
     return plan;
   }
   plan.num_ctas = norm_bwd_ctas(p.head_dim, p.seqlen_q, device.num_sms);
+  if (ring) plan.num_ctas = max<int64_t>(plan.num_ctas, ring_ctas);
   plan.smem_bytes = norm_bwd_smem_bytes(p.head_dim, p.bias);
   plan.workspace_bytes = (p.bias ? 2 : 1) * plan.num_ctas * norm_partial_stride(p.head_dim) *
                          static_cast<int64_t>(sizeof(float));

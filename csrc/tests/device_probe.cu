@@ -52,7 +52,7 @@ __global__ void probe_layouts(const int* page_table_row, int page_size, int* out
       b_operand_coord(threadIdx.x, 1).row + dropout_byte(7, 9, blockIdx.x, c.row, c.col) +
       unit_columns(128, 64, page_size > 1, elements_per_vector(DType::kFloat16), 3).first;
   out[1] = divide(threadIdx.x, FastDiv(page_size)).remainder;
-  out[3] = row_pieces(2 * threadIdx.x, 2, page_size).tail + norm_share(page_size, 16).lanes +
+  out[3] = row_pieces(2 * threadIdx.x, 2, page_size).tail + norm_share(page_size, 16, 256).lanes +
            norm_dropout_bits(norm_dropout_words(7, 9, blockIdx.x, c.row), c.col);
   out[2] = static_cast<int>(
       bwd_dq_accum_first_row(page_size > 1, threadIdx.x, 100, page_table_row[0], 64));
@@ -74,7 +74,7 @@ template <Arch kArch, int kHeadDim>
 __global__ void __launch_bounds__(fwd_num_threads(kArch, kFwdTile<kArch, kHeadDim>))
     probe_tiles(int* out) {
   constexpr FwdTileConfig kFwd = kFwdTile<kArch, kHeadDim>;
-  constexpr BwdTileConfig kBwd = bwd_tile_config(kArch, kHeadDim, MaskKind::kBordered);
+  constexpr BwdTileConfig kBwd = bwd_tile_config(kArch, kHeadDim);
   static_assert(fwd_smem_bytes(kFwd, kHeadDim, kHeadDim) <= max_smem_bytes(kArch));
   static_assert(bwd_smem_bytes(kBwd, kHeadDim) <= max_smem_bytes(kArch));
   constexpr int kRegisters = warpgroup_registers(2).consumer;

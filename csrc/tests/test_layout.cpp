@@ -191,7 +191,7 @@ void test_tile_configs() {
         CHECK(f.num_stages >= 1 && f.num_q_stages >= 1 && f.num_warps % 4 == 0, text,
               arch_name(arch), head_dim, f.num_warps);
         CHECK(fwd_num_threads(arch, f) <= 1024, text, arch_name(arch), head_dim, 0);
-        const BwdTileConfig b = bwd_tile_config(arch, head_dim, mask);
+        const BwdTileConfig b = bwd_tile_config(arch, head_dim);
         CHECK(bwd_smem_bytes(b, head_dim) <= max_smem_bytes(arch), text, arch_name(arch), head_dim,
               bwd_smem_bytes(b, head_dim));
         CHECK(bwd_accum_regs(b, head_dim) <= 224, text, arch_name(arch), head_dim,
@@ -215,9 +215,9 @@ void test_tile_configs() {
   CHECK(fwd_smem_bytes({64, 64, 2, 1, 4, false}, 192, 128) == 2 * (64 * 192 + 128 * 320), "d, dv");
   CHECK(fwd_smem_bytes({128, 16, 1, 1, 8, true}, 128, 128) == 2 * 128 * 128, "Q passes through");
   CHECK(fwd_accum_regs(full, 128) == 104, "64 x (80 + 128) / 128");
-  CHECK(bwd_smem_bytes(bwd_tile_config(Arch::kSm90, 128, MaskKind::kFull), 128) == 229376,
+  CHECK(bwd_smem_bytes(bwd_tile_config(Arch::kSm90, 128), 128) == 229376,
         "hand-computed: 64 KB + 96 KB + 32 KB + 32 KB");
-  CHECK(sm90_bwd_smem_bytes(bwd_tile_config(Arch::kSm90, 96, MaskKind::kFull), 96) ==
+  CHECK(sm90_bwd_smem_bytes(bwd_tile_config(Arch::kSm90, 96), 96) ==
             64 * 1024 + 96 * 1024 + 32 * 1024 + 24 * 1024 + 1536 + 512,
         "rows of 256 bytes, dQ of 96 columns");
 }

@@ -37,24 +37,39 @@ void test_lanes_of_row_kernels() {
 // The threads of a norm hold every column of a row, in whole warps or a part of one that divides
 // it.
 void test_norm_shares() {
+  struct Kind {
+    NormShare share;
+    int columns, threads_per_sm;
+  };
   for (int size = 1; size <= kMaxNormSize; size += size < 600 ? 1 : 37) {
     const int vectors = norm_bwd_vectors(size);
-    for (const auto& [share, columns] : {std::pair(norm_fwd_share(size), kNormFwdColumns),
-                                         std::pair(norm_bwd_share(size), vectors * kNormVec)}) {
+    const Kind kinds[] = {
+        {norm_fwd_share(size), kNormFwdColumns, kMaxNormFwdThreads},
+        {norm_fwd_ring_share(size), kNormFwdRingColumns, kMaxNormRingThreads},
+        {norm_bwd_share(size), vectors * kNormVec, kMaxNormBwdThreads},
+        {norm_bwd_ring_share(size), kNormBwdRingColumns, kMaxNormRingThreads},
+    };
+    for (int i = 0; i < (size <= kMaxNormBwdRegisterSize ? 4 : 3); ++i) {
+      const auto [share, columns, threads_per_sm] = kinds[i];
       CHECK(share.lanes * columns >= size, "size=%d lanes=%d", size, share.lanes);
       CHECK(share.lanes % kWarpSize == 0 || kWarpSize % share.lanes == 0, "lanes=%d", share.lanes);
-      CHECK(share.num_threads() <= kMaxNormThreads && share.rows >= 1, "size=%d", size);
+      CHECK(share.num_threads() <= threads_per_sm && share.rows >= 1, "size=%d", size);
       CHECK(share.num_threads() % kWarpSize == 0, "whole warps: size=%d", size);
       CHECK((share.lanes - kWarpSize) * columns < 2 * size, "idle lanes: size=%d", size);
+      for (const int64_t rows : {int64_t{0}, int64_t{1}, int64_t{1000}, int64_t{1} << 40}) {
+        const int64_t ctas = norm_ctas(share, rows, 108, threads_per_sm);
+        CHECK(1 <= ctas && (ctas == 1 || (ctas - 1) * share.rows < rows),
+              "a CTA without rows: size=%d", size);
+      }
     }
     CHECK((vectors == 1) == (size <= kMaxNormBwdRegisterSize), "vectors=%d", vectors);
     CHECK(norm_bwd_smem_bytes(size, true) <= 128 * 1024, "size=%d", size);
-    for (const int64_t rows : {int64_t{0}, int64_t{1}, int64_t{1000}, int64_t{1} << 40}) {
-      const int64_t ctas = norm_bwd_ctas(size, rows, 108);
-      CHECK(1 <= ctas && (ctas == 1 || (ctas - 1) * norm_bwd_share(size).rows < rows),
-            "a CTA without rows: size=%d", size);
-    }
   }
+  // Rows of the usual models are on their way ahead on every GPU: 99 KB of shared memory.
+  CHECK(norm_ring_smem_bytes(norm_fwd_ring_share(8192), kNormFwdRingColumns, 2 + 2) <= 96 * 1024,
+        "8192");
+  CHECK(norm_ring_smem_bytes(norm_bwd_ring_share(8192), kNormBwdRingColumns, 3 * 2) <= 96 * 1024,
+        "8192");
 }
 
 // Dropout's half words are those of the four words of Philox, each once.

@@ -212,29 +212,17 @@ class FlashAttnExtImpl(FlashAttentionImpl):  # type: ignore[misc]
                 **options,
             )
             return output
-        num_reqs, max_query_len = len(attn_metadata.seq_lens), attn_metadata.max_query_len
-        prompts = self._prompts(attn_metadata, key)
-        if prompts is not None:
-            first_token = prompts.first_token
-            adapter.attend_packed(
-                *(x[first_token:num_tokens] for x in (query, key, value, output)),
-                query_start_loc=prompts.query_start_loc,
-                max_query_len=prompts.max_query_len,
-                causal=causal,
-                **options,
-            )
-            if prompts.first == 0:
-                return output
-            num_tokens, num_reqs = first_token, prompts.first
-            max_query_len = prompts.max_query_len_before
-        adapter.attend_pages(
+        adapter.attend_batch(
             query[:num_tokens],
+            key if key is None else key[:num_tokens],
+            value if value is None else value[:num_tokens],
             kv_cache,
             output[:num_tokens],
-            query_start_loc=attn_metadata.query_start_loc[: num_reqs + 1],
-            seq_lens=attn_metadata.seq_lens[:num_reqs],
-            block_table=attn_metadata.block_table[:num_reqs],
-            max_query_len=max_query_len,
+            self._prompts(attn_metadata, key),
+            query_start_loc=attn_metadata.query_start_loc,
+            seq_lens=attn_metadata.seq_lens,
+            block_table=attn_metadata.block_table,
+            max_query_len=attn_metadata.max_query_len,
             causal=causal,
             **options,
         )

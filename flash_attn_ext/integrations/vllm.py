@@ -4,7 +4,7 @@ vLLM loads the entry point ``vllm.general_plugins`` of an installed flash_attn_e
 processes; `plugin` then gives the backend a name there and changes nothing else. The backend itself
 is `_vllm_backend`, which vLLM imports when it is chosen: a subclass of vLLM's own FlashAttention
 backend, whose batches (query_start_loc, seq_lens, block_table, slot_mapping), cache layout and
-cache writes it keeps. What is computed here is attention, in `attend_pages` and `attend_packed`,
+cache writes it keeps. What is computed here is attention, in `attend_batch` and what it calls,
 which know nothing of vLLM.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..attention import flash_attn_varlen_func
 from ..errors import UnsupportedError
+from ._vllm_prompts import Prompts
 
 NAME = "FLASH_ATTN_EXT"
 """What ``--attention-backend`` may be where vLLM lets a backend have a name of its own."""
@@ -221,3 +222,63 @@ def attend_packed(
             out=output,
         )
     return out
+
+
+def attend_batch(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    kv_cache: Tensor,
+    output: Tensor,
+    prompts: Prompts | None,
+    *,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    max_query_len: int,
+    causal: bool = True,
+    **options: Any,
+) -> Tensor:
+    """Attention of a decoder's batch: whole prompts to the new keys, all others to the cache.
+
+    Args:
+        query: [num_tokens, num_heads_q, head_dim].
+        key: [num_tokens, num_heads_kv, head_dim], the new keys; read for prompts only.
+        value: as key.
+        kv_cache: see `split_cache`.
+        output: as query, written and returned.
+        prompts: the whole prompts with which the batch ends; see `prompts_at_end`.
+        query_start_loc: as in `attend_pages`.
+        seq_lens: as in `attend_pages`.
+        block_table: as in `attend_pages`.
+        max_query_len: as in `attend_pages`.
+        causal: see flash_attn_func.
+        options: softmax_scale and what else `attend_pages` takes.
+
+    Returns:
+        output.
+    """
+    num_reqs, num_tokens = len(seq_lens), len(query)
+    if prompts is not None and key is not None and value is not None:
+        num_reqs, num_tokens = prompts.first, prompts.first_token
+        max_query_len = prompts.max_query_len_before
+        attend_packed(
+            *(x[num_tokens:] for x in (query, key, value, output)),
+            query_start_loc=prompts.query_start_loc,
+            max_query_len=prompts.max_query_len,
+            causal=causal,
+            **options,
+        )
+    if num_reqs > 0:
+        attend_pages(
+            query[:num_tokens],
+            kv_cache,
+            output[:num_tokens],
+            query_start_loc=query_start_loc[: num_reqs + 1],
+            seq_lens=seq_lens[:num_reqs],
+            block_table=block_table[:num_reqs],
+            max_query_len=max_query_len,
+            causal=causal,
+            **options,
+        )
+    return output

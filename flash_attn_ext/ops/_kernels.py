@@ -24,12 +24,12 @@ _cross_entropy_bwd = _schema.op("cross_entropy_bwd")
 _cross_entropy_bwd_ = _schema.op("cross_entropy_bwd_")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_LOADED = chosen_backend() != "tiled" and _load.status().binder_loaded
+_LOADED = _load.status().binder_loaded
 
 
 def takes(x: Tensor) -> bool:
     """Whether kernels may compute with ``x``."""
-    return _LOADED and x.is_cuda and x.dtype in _DTYPES
+    return _LOADED and x.is_cuda and x.dtype in _DTYPES and chosen_backend() != "tiled"
 
 
 def _first_order_only(

@@ -231,7 +231,7 @@ LIMITS = {"sm80": 163, "sm89": 99, "sm90": 227}  # KB
 @pytest.mark.parametrize("bordered", [False, True])
 def test_tile_configs(introspect: ModuleType, arch: str, head_dim: int, bordered: bool) -> None:
     assert introspect.max_smem_bytes(arch) == LIMITS[arch] * 1024
-    bwd = introspect.bwd_tile_config(arch, head_dim, bordered)
+    bwd = introspect.bwd_tile_config(arch, head_dim)
     kept = (1 if bwd["v_in_regs"] else 2) * bwd["tile_n"] * head_dim
     streamed = (bwd["num_q_stages"] + bwd["num_dout_stages"]) * bwd["tile_m"] * head_dim
     ds = bwd["num_ds_stages"] * bwd["tile_m"] * bwd["tile_n"]

@@ -287,7 +287,7 @@ def test_what_sm90_fwd_leaves_to_sm80(introspect: ModuleType) -> None:
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_sm90_bwd(introspect: ModuleType, dtype: str, head_dim: int) -> None:
     """All options; a CTA or a pair for each tile of keys; dQ of whole tiles of 64 rows."""
-    tile = introspect.bwd_tile_config("sm90", head_dim, False)
+    tile = introspect.bwd_tile_config("sm90", head_dim)
     assert (tile["tile_m"], tile["tile_n"], tile["num_threads"]) == (64, 128, 512)
     padding = 2 * 256 * (-head_dim % 64) + 2 * tile["num_q_stages"] * 128 * (-head_dim % 64)
     sizes = {"dtype": dtype, "head_dim": head_dim - 8, "head_dim_v": head_dim, "seqlen_q": 1000}
@@ -566,30 +566,43 @@ def test_combine_grid_covers_all_rows(introspect: ModuleType) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("hidden_size", [1, 64, 100, 1536, 4096, 8192, 12288, 16384])
-def test_norms(introspect: ModuleType, hidden_size: int, bias: bool) -> None:
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_norms(introspect: ModuleType, dtype: str, hidden_size: int, bias: bool) -> None:
+    """Rows of 16 bits come through a ring, in as many CTAs as there are at once."""
     for rows, alignment in itertools.product((0, 1, 1000, 1 << 20), (2, 16)):
         if hidden_size > 8192 and alignment < 16:
             continue
         sizes = {"head_dim": hidden_size, "seqlen_q": rows, "alignment_bytes": alignment}
         forward, backward = (
-            introspect.make_plan({"family": family, "bias": bias, **sizes}, "h100", ALL)
+            introspect.make_plan(
+                {"family": family, "dtype": dtype, "bias": bias, **sizes}, "h100", ALL
+            )
             for family in ("norm_fwd", "norm_bwd")
         )
         assert forward["vectorized"] is backward["vectorized"]
         assert forward["vectorized"] is (alignment == 16 and hidden_size % 8 == 0)
+        ring = forward["vectorized"] and dtype == "bf16"
         at_once, size = forward["tile"]
         assert size == hidden_size
-        assert at_once * hidden_size <= 16 * forward["num_threads"]
-        assert forward["num_ctas"] == -(-rows // at_once)
+        assert at_once * hidden_size <= (32 if ring else 16) * forward["num_threads"]
+        ctas = -(-rows // at_once)
+        if ring:
+            ctas = max(1, min(ctas, 132 * max(1, 512 // forward["num_threads"])))
+        assert forward["num_ctas"] == ctas
+        ring = ring and hidden_size <= 8192
         at_once = backward["tile"][0]
-        assert 1 <= backward["num_ctas"] <= max(1, -(-rows // at_once))
+        vectors = -(-hidden_size // 8192)
+        columns = 16 if ring else 8 * vectors
+        assert at_once * hidden_size <= columns * backward["num_threads"]
+        assert 1 <= backward["num_ctas"] <= max(1, rows)
         assert backward["num_ctas"] * backward["num_threads"] <= max(1024, 132 * 1024)
         padded = -(-hidden_size // 8) * 8
         gradients = 2 if bias else 1
         assert backward["workspace_bytes"] == 4 * gradients * backward["num_ctas"] * padded
-        vectors = -(-hidden_size // 8192)
-        smem_bytes = 4 * gradients * 8 * vectors * backward["num_threads"]
-        assert backward["smem_bytes"] == smem_bytes
+        if not ring:
+            assert backward["num_ctas"] <= max(1, -(-rows // at_once))
+            smem_bytes = 4 * gradients * 8 * vectors * backward["num_threads"]
+            assert backward["smem_bytes"] == smem_bytes
 
 
 def test_cross_entropy_takes_any_vocabulary(introspect: ModuleType) -> None:

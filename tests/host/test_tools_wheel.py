@@ -121,6 +121,7 @@ def test_version_is_compared_without_case(package: Path) -> None:
             "entry point vllm.general_plugins: flash_attn_ext.y:z is not in the wheel",
         ),
         (lambda p: (p.parent / "tests").mkdir(), "installs outside the package: tests"),
+        (lambda p: (p / "large").write_bytes(bytes(40_000_000)), "40.0 MB, at most 40 MB"),
     ],
 )
 def test_refused(package: Path, change: Callable[[Path], object], problem: str) -> None:

@@ -259,6 +259,51 @@ def test_prompts_at_end(
     assert prompts_at_end(1, 5, starts, starts, None) is None
 
 
+@pytest.mark.parametrize("options", ["causal", "window", "softcap", "alibi", "sinks"])
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens", "first_prompt"), PROMPTS_AT_END.values(), ids=PROMPTS_AT_END
+)
+def test_batch(
+    query_lens: list[int],
+    seq_lens: list[int],
+    first_prompt: int | None,
+    options: str,
+    device: str,
+) -> None:
+    """Whole prompts do not read the cache, the others do not read the new keys: NaN there."""
+    batch = Batch(query_lens, seq_lens, device, options=options_of(options, device))
+    exact, plain = batch.expected(), batch.expected(upcast=False)
+    starts = cu_seqlens(query_lens)
+    found = prompts_at_end(
+        len(query_lens), max(query_lens), batch.query_start_loc, starts, int32(seq_lens)
+    )
+    first = len(query_lens) if first_prompt is None else first_prompt
+    slots = batch.slot_mapping[sum(seq_lens[:first]) :]
+    batch.kv_cache[slots // PAGE_SIZE, :, slots % PAGE_SIZE] = torch.nan
+    rows = batch.new_keys()
+    key, value = batch.key[rows], batch.value[rows]
+    for new in (key, value):
+        new[: sum(query_lens[:first])] = torch.nan
+    out = integration.attend_batch(
+        batch.query,
+        key,
+        value,
+        batch.kv_cache,
+        poisoned_empty(batch.query.shape, batch.query),
+        found,
+        query_start_loc=batch.query_start_loc,
+        seq_lens=batch.lengths,
+        block_table=batch.block_table,
+        max_query_len=max(query_lens),
+        softmax_scale=batch.scale,
+        **batch.options,
+    )
+    if device == "cpu":
+        assert_equals(out, exact, 1e-10)
+    else:
+        assert_close_2x(out, exact, plain)
+
+
 def test_entry_points() -> None:
     """What pyproject.toml names exists; tools/check_wheel.py finds the same in a built wheel."""
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -341,6 +342,21 @@ def test_public_function_compiled(
         limit = expected.abs().max().item()
         assert_equals(found, eager, 1e-5 * limit)
         assert_equals(found, expected, (1e-5 if dtype == F32 else 2e-2) * limit)
+
+
+def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels take CUDA tensors of their types, none while PyTorch operations are asked for."""
+    monkeypatch.setattr(_kernels, "_LOADED", True)
+    monkeypatch.delenv("FLASH_ATTN_EXT_BACKEND", raising=False)
+
+    def tensor(dtype: torch.dtype, is_cuda: bool = True) -> Any:
+        return SimpleNamespace(dtype=dtype, is_cuda=is_cuda)
+
+    assert all(_kernels.takes(tensor(dtype)) for dtype in (F16, BF16, F32))
+    assert not _kernels.takes(tensor(F64))
+    assert not _kernels.takes(tensor(BF16, is_cuda=False))
+    monkeypatch.setenv("FLASH_ATTN_EXT_BACKEND", "tiled")
+    assert not _kernels.takes(tensor(BF16))
 
 
 # ---- the public functions on a GPU ------------------------------------------------------------

@@ -6,10 +6,14 @@
 //   dweight = sum over rows of dout n        dbias = sum over rows of dout
 //
 // The CTAs that the GPU runs at once share the rows out evenly. Each thread adds up its columns'
-// parts of dweight and dbias over all rows of the CTA; a second kernel adds up the parts of the
-// CTAs. Every sum has a fixed order. Memory: smem [of weight, of bias][2 * vectors][threads] of
-// float4, the parts; a thread touches its own until the end. Rows of up to kMaxNormBwdRegisterSize
-// stay in registers; wider ones are read a second time, from L2.
+// parts of dweight and dbias over all rows of the CTA; another kernel adds up the parts of the
+// CTAs. Every sum has a fixed order.
+//
+// norm_bwd_ring_kernel: the parts are in registers, and the next row comes into shared memory while
+// this one is computed. Memory: smem [of dout, of sum, of dsum][stages][vectors][threads] of 16
+// bytes, then the parts. norm_bwd_kernel, for rows that are not aligned or do not fit: the parts
+// are in smem [of weight, of bias][2 * vectors][threads] of float4. Rows of up to
+// kMaxNormBwdRegisterSize stay in registers; wider ones are read a second time, from L2.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -27,6 +31,12 @@ struct NormParts {
 
   FA_DEVICE void clear() const {
     for (int i = 0; i < 2 * vectors; ++i) slots[i * threads] = float4{};
+  }
+  FA_DEVICE void set(int v, const float (&x)[kNormVec]) const {
+    FA_UNROLL
+    for (int half = 0; half < 2; ++half)
+      slots[(2 * v + half) * threads] = {x[4 * half], x[4 * half + 1], x[4 * half + 2],
+                                         x[4 * half + 3]};
   }
   FA_DEVICE void add(int v, const float (&x)[kNormVec]) const {
     FA_UNROLL
@@ -58,7 +68,7 @@ struct NormParts {
 
 // kWide: a thread has several vectors of a row; else one, which it keeps.
 template <class T, class Sum, bool kAligned, bool kWide>
-__global__ void __launch_bounds__(kMaxNormThreads)
+__global__ void __launch_bounds__(kMaxNormBwdThreads)
     norm_bwd_kernel(const __grid_constant__ NormBwdParams p, int lanes) {
   using Columns = NormColumns<kNormVec, kAligned>;
   extern __shared__ float4 smem[];
@@ -154,6 +164,110 @@ __global__ void __launch_bounds__(kMaxNormThreads)
   if (p.dbias != nullptr) dbias.store(columns, group, partial + partial_size);
 }
 
+// Rows are aligned and have at most kMaxNormBwdRegisterSize elements, of 16 bits, in all tensors.
+template <class T>
+__global__ void __launch_bounds__(kMaxNormRingThreads)
+    norm_bwd_ring_kernel(const __grid_constant__ NormBwdParams p, int lanes) {
+  using Columns = NormColumns<kNormBwdRingColumns, true>;
+  constexpr int kVectors = Columns::kVectors;
+  extern __shared__ float4 smem[];
+  __shared__ float scratch[2][2 * kWarpSize];
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int group = thread / lanes, groups = threads / lanes;
+  const Columns columns{thread % lanes, lanes, p.hidden_size};
+  const int64_t step = int64_t{gridDim.x} * groups;
+
+  const RingRows<T, Columns> douts{static_cast<const T*>(p.dout), p.dout_stride,
+                                   reinterpret_cast<uint4*>(smem) + thread, threads};
+  const RingRows<T, Columns> sums{static_cast<const T*>(p.sum), p.sum_stride, douts.end(), threads};
+  const RingRows<T, Columns> dsums{static_cast<const T*>(p.dsum), p.dsum_stride, sums.end(),
+                                   threads};
+  float next_mean = 0.f, next_rstd = 0.f;
+  const auto fetch = [&](int64_t row, int stage) {
+    if (row < p.rows) {
+      douts.fetch(row, columns, stage);
+      sums.fetch(row, columns, stage);
+      if (p.dsum != nullptr) dsums.fetch(row, columns, stage);
+      if (p.mean != nullptr) next_mean = p.mean[row];
+      next_rstd = p.rstd[row];
+    }
+    ptx::cp_async_commit_group();
+  };
+  int64_t begin = int64_t{blockIdx.x} * groups;
+  fetch(begin + group, 0);
+
+  // A weight past the end of the row is 0, and with it what the row's sums get from there.
+  float weight[kVectors][kNormVec], dweight[kVectors][kNormVec] = {},
+                                    dbias[kVectors][kNormVec] = {};
+  FA_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    columns.template load_weights<T>(p.weight, p.weight_is_fp32, v, weight[v]);
+    FA_UNROLL
+    for (float& w : weight[v]) w = columns.count(v) > 0 ? w + p.weight_offset : 0.f;
+  }
+
+  const float inverse_size = 1.f / static_cast<float>(p.hidden_size);
+  int stage = 0;
+  // All groups take as many steps, because they meet at the barriers.
+  for (; begin < p.rows; begin += step, stage ^= 1) {
+    const int64_t row = begin + group;
+    const float rstd = next_rstd, shift = -next_mean * rstd;
+    ptx::cp_async_wait_group<0>();
+    fetch(row + step, stage ^ 1);  // where the row before was, which is used up by now
+    float n[kVectors][kNormVec], g[kVectors][kNormVec], totals[2] = {};  // of g n, of g
+    if (row < p.rows) {
+      FA_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        douts.read(stage, v, g[v]);
+        sums.read(stage, v, n[v]);
+        FA_UNROLL
+        for (int i = 0; i < kNormVec; ++i) {
+          n[v][i] = n[v][i] * rstd + shift;
+          dweight[v][i] += g[v][i] * n[v][i];
+          dbias[v][i] += g[v][i];
+          g[v][i] *= weight[v][i];
+          totals[0] += g[v][i] * n[v][i];
+          totals[1] += g[v][i];
+        }
+      }
+    }
+    sum_over_row(totals, lanes, group, scratch[stage]);
+    if (row >= p.rows) continue;
+
+    const float along = -totals[0] * inverse_size * rstd;
+    const float average = p.mean == nullptr ? 0.f : -totals[1] * inverse_size * rstd;
+    const float scale = p.rowscale == nullptr ? 1.f : p.rowscale[row];
+    const int64_t at = row * p.hidden_size;
+    FA_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      float ds[kNormVec] = {};
+      if (p.dsum != nullptr) dsums.read(stage, v, ds);
+      FA_UNROLL
+      for (int i = 0; i < kNormVec; ++i) ds[i] += g[v][i] * rstd + (n[v][i] * along + average);
+      if (p.dresidual != nullptr) columns.store(static_cast<T*>(p.dresidual) + at, v, ds);
+      if (p.keep_threshold < kNormKeepAll)
+        NormDropout(p.rng_state, p.keep_threshold).apply(row, columns.column(v), ds);
+      FA_UNROLL
+      for (float& d : ds) d *= scale;
+      columns.store(static_cast<T*>(p.dx) + at, v, ds);
+    }
+  }
+
+  // A thread's slots of the parts are its own of the rows, which are used up.
+  const NormParts weight_parts{smem + thread, kVectors, threads};
+  const NormParts bias_parts{weight_parts.slots + 2 * kVectors * threads, kVectors, threads};
+  FA_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    weight_parts.set(v, dweight[v]);
+    bias_parts.set(v, dbias[v]);
+  }
+  if (groups > 1) __syncthreads();  // the parts of all groups are complete
+  const int64_t partial_size = int64_t{gridDim.x} * norm_partial_stride(p.hidden_size);
+  float* partial = p.partial + int64_t{blockIdx.x} * norm_partial_stride(p.hidden_size);
+  weight_parts.store(columns, group, partial);
+  if (p.dbias != nullptr) bias_parts.store(columns, group, partial + partial_size);
+}
+
 // Adds up the parts of the CTAs: blockIdx.y 0 those of dweight, 1 those of dbias.
 template <class Weight>
 __global__ void __launch_bounds__(kNormReduceColumns* kNormReduceRows)
@@ -196,24 +310,54 @@ int launch_norm_bwd_kernel(const NormBwdParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Wide rows are aligned: the plan takes no others.
 template <class T, class Sum>
-int launch_norm_bwd_rows(const NormBwdParams& p, cudaStream_t stream) {
-  return p.hidden_size > kMaxNormBwdRegisterSize
-             ? launch_norm_bwd_kernel<T, Sum, true, true>(p, stream)
-         : p.vectorized ? launch_norm_bwd_kernel<T, Sum, true, false>(p, stream)
-                        : launch_norm_bwd_kernel<T, Sum, false, false>(p, stream);
+bool has_norm_bwd_ring(const NormBwdParams& p) {
+  if constexpr (kHasNormRing<T, Sum>)
+    return p.vectorized && p.hidden_size <= kMaxNormBwdRegisterSize &&
+           norm_bwd_ring_smem_bytes(p.hidden_size, p.dsum != nullptr) + kNormScratchBytes <=
+               p.max_smem_bytes;
+  return false;
+}
+template <class T>
+int launch_norm_bwd_ring(const NormBwdParams& p, cudaStream_t stream) {
+  constexpr auto kKernel = norm_bwd_ring_kernel<T>;
+  const NormShare share = norm_bwd_ring_share(p.hidden_size);
+  const cudaError_t error = allow_norm_ring<kKernel>();
+  if (error != cudaSuccess) return error;
+  kKernel<<<p.num_ctas, share.num_threads(),
+            norm_bwd_ring_smem_bytes(p.hidden_size, p.dsum != nullptr), stream>>>(p, share.lanes);
+  return cudaGetLastError();
 }
 
-template <class T>
-int launch_norm_bwd(const NormBwdParams& p, cudaStream_t stream) {
-  const int error = p.sum_dtype == p.dtype ? launch_norm_bwd_rows<T, T>(p, stream)
-                                           : launch_norm_bwd_rows<T, float>(p, stream);
+// Wide rows are aligned: the plan takes no others.
+template <class T, class Sum>
+int launch_norm_bwd_rows(NormBwdParams p, cudaStream_t stream) {
+  const bool ring = has_norm_bwd_ring<T, Sum>(p);
+  int ctas = 0;
+  int error =
+      resident_norm_ctas(ring ? norm_bwd_ring_share(p.hidden_size) : norm_bwd_share(p.hidden_size),
+                         p.rows, ring ? kMaxNormRingThreads : kMaxNormBwdThreads, ctas);
+  if (error != cudaSuccess) return error;
+  p.num_ctas = min(p.num_ctas, ctas);
+  if constexpr (kHasNormRing<T, Sum>) {
+    if (ring) error = launch_norm_bwd_ring<T>(p, stream);
+  }
+  if (!ring)
+    error = p.hidden_size > kMaxNormBwdRegisterSize
+                ? launch_norm_bwd_kernel<T, Sum, true, true>(p, stream)
+            : p.vectorized ? launch_norm_bwd_kernel<T, Sum, true, false>(p, stream)
+                           : launch_norm_bwd_kernel<T, Sum, false, false>(p, stream);
   if (error != cudaSuccess) return error;
   const dim3 grid(ceil_div(p.hidden_size, kNormReduceColumns), p.dbias == nullptr ? 1 : 2);
   const auto reduce = p.weight_is_fp32 ? norm_reduce_kernel<float> : norm_reduce_kernel<T>;
   reduce<<<grid, dim3(kNormReduceColumns, kNormReduceRows), 0, stream>>>(p);
   return cudaGetLastError();
+}
+
+template <class T>
+int launch_norm_bwd(const NormBwdParams& p, cudaStream_t stream) {
+  return p.sum_dtype == p.dtype ? launch_norm_bwd_rows<T, T>(p, stream)
+                                : launch_norm_bwd_rows<T, float>(p, stream);
 }
 
 }  // namespace fa

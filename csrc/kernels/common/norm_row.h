@@ -2,6 +2,8 @@
 // elements of it, sum it up.
 #pragma once
 #include "core/norm.h"
+#include "kernels/launch.h"
+#include "ptx/cp_async.h"
 #include "tile/vec.h"
 
 namespace fa {
@@ -15,7 +17,7 @@ struct NormColumns {
   int lane, lanes, size;
 
   FA_DEVICE int column(int v) const { return (v * lanes + lane) * kNormVec; }
-  // Elements of vector v inside the row.
+  // Elements of vector v inside the row; 0 or less: none.
   FA_DEVICE int count(int v) const { return size - column(v); }
   FA_DEVICE bool is_inside(int v, int i) const { return (kAligned ? 0 : i) < count(v); }
 
@@ -78,6 +80,70 @@ struct NormVectors {
     for (int i = 0; i < Columns::kVectors; ++i) v[i] = columns.load(p, i);
   }
 };
+
+// The ring of rows of one tensor in shared memory. A thread copies its own columns there and reads
+// them itself, so that there is no barrier.
+template <class T, class Columns>
+struct RingRows {
+  static constexpr int kChunks = kNormVec / kVecSize<T>;  // of 16 bytes in a vector
+  static constexpr int kSlots = kNormRingStages * Columns::kVectors * kChunks;
+
+  const T* rows;
+  int64_t stride;
+  uint4* slots;  // [kSlots][threads], from this thread's on
+  int threads;
+
+  // The slots of the next tensor.
+  FA_DEVICE uint4* end() const { return slots + kSlots * threads; }
+  // Past the end of the row: other elements of it.
+  FA_DEVICE void fetch(int64_t row, Columns columns, int stage) const {
+    FA_UNROLL
+    for (int v = 0; v < Columns::kVectors; ++v) {
+      const T* p = rows + row * stride + min(columns.column(v), columns.size - kNormVec);
+      FA_UNROLL
+      for (int c = 0; c < kChunks; ++c)
+        ptx::cp_async_cg_16(ptx::cvta_to_shared(slot(stage, v, c)), p + c * kVecSize<T>, 16);
+    }
+  }
+  FA_DEVICE void read(int stage, int v, float (&x)[kNormVec]) const {
+    Vec<T, kNormVec> raw;
+    FA_UNROLL
+    for (int c = 0; c < kChunks; ++c)
+      *reinterpret_cast<uint4*>(&raw.x[c * kVecSize<T>]) = *slot(stage, v, c);
+    to_float(raw, x);
+  }
+
+ private:
+  FA_DEVICE uint4* slot(int stage, int v, int c) const {
+    return slots + ((stage * Columns::kVectors + v) * kChunks + c) * threads;
+  }
+};
+
+// Of the kernels with a ring, beside it: what the warps of a row exchange in two rows.
+constexpr int kNormScratchBytes = 2 * 2 * kWarpSize * static_cast<int>(sizeof(float));
+
+// fp32 goes without: a thread would copy 16 bytes of each 32, half a sector at a time.
+template <class T, class Sum>
+constexpr bool kHasNormRing = sizeof(T) == 2 && sizeof(Sum) == 2;
+
+// Lets kKernel have a ring of any size that the current device has room for.
+template <auto kKernel>
+cudaError_t allow_norm_ring() {
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return error == cudaSuccess ? allow_dynamic_smem<kKernel>(most - kNormScratchBytes) : error;
+}
+// CTAs of a kernel whose threads, threads_per_sm of them, stay for all rows.
+inline cudaError_t resident_norm_ctas(NormShare share, int64_t rows, int threads_per_sm,
+                                      int& ctas) {
+  int num_sms = 0;
+  const cudaError_t error = num_multiprocessors(num_sms);
+  if (error == cudaSuccess)
+    ctas = static_cast<int>(norm_ctas(share, rows, num_sms, threads_per_sm));
+  return error;
+}
 
 // What dropout does to a row.
 struct NormDropout {

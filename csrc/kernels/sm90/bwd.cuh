@@ -483,7 +483,7 @@ int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream
   // n_block 0 first, as under a causal mask most queries see it; deterministic: BwdStep.
   launch.order = TileOrder::of(
       grid, deterministic, deterministic ? 1 : l2_group_size(stream_bytes, 1, kBwdL2GroupBytes));
-  constexpr BwdTileConfig kTile = bwd_tile_config(Arch::kSm90, kHeadDim, MaskKind::kFull);
+  constexpr BwdTileConfig kTile = bwd_tile_config(Arch::kSm90, kHeadDim);
   constexpr bool kPair = kTile.num_ctas == 2;
   int num_sms = 0;
   cudaError_t error = num_multiprocessors(num_sms);

@@ -11,7 +11,7 @@ namespace fa {
 
 template <class T, int kHeadDim, bool kScoreMod>
 struct BwdLayout {
-  static constexpr BwdTileConfig kTile = bwd_tile_config(Arch::kSm90, kHeadDim, MaskKind::kFull);
+  static constexpr BwdTileConfig kTile = bwd_tile_config(Arch::kSm90, kHeadDim);
   static constexpr int kTileM = kBwdTileM, kTileN = kBwdTileN;
   static constexpr int kConsumers = 2, kKeys = 64;  // keys of a consumer
   static constexpr int kConsumerWarps = 4 * kConsumers;

@@ -11,7 +11,7 @@ namespace fa {
 
 template <class T, int kHeadDim, bool kScoreMod>
 struct BwdPairLayout {
-  static constexpr BwdTileConfig kTile = bwd_tile_config(Arch::kSm90, kHeadDim, MaskKind::kFull);
+  static constexpr BwdTileConfig kTile = bwd_tile_config(Arch::kSm90, kHeadDim);
   static constexpr int kTileM = kBwdTileM, kKeys = 64;  // keys of a CTA
   static constexpr int kCtas = kTile.num_ctas;
   static constexpr int kThreads = bwd_num_threads(Arch::kSm90, kTile);
