@@ -36,8 +36,8 @@ void check_results(const BwdArgs& args, const Problem& p) {
   check_size("lse", args.lse, rank - 2, p.varlen ? p.total_q : p.seqlen_q);
 }
 
-// Where the kernel adds up dQ in fp32, in tiles of its own, unless a CTA completes it; and dK and
-// dV, if CTAs share heads.
+// Where the kernel adds up dQ in fp32, in tiles of its own, unless a tile of keys has all of it;
+// and dK and dV, if CTAs share heads.
 struct Workspace {
   OptionalTensor dq_accum, dq_semaphore, dk_accum, dv_accum, dkv_semaphore;
 };
@@ -46,12 +46,14 @@ Workspace new_workspace(const Tensor& q, const Problem& p, const BwdParams& para
                         const Plan& plan) {
   const auto zeros = [&](int64_t size, ScalarType type) { return zero_tensor(q, {size}, type); };
   Workspace w;
-  if (!plan.complete_dq) {
+  if (plan.adds_dq) {
     const int64_t rows =
         bwd_dq_accum_rows(p.varlen, p.batch_size, p.seqlen_q, p.total_q, plan.tile_m);
     const int built = built_head_dim(max(p.head_dim, p.head_dim_v));
-    w.dq_accum = zeros(bwd_dq_accum_elements(rows, p.num_heads_q, built), ScalarType::Float);
-    if (p.deterministic)
+    const int64_t elements = bwd_dq_accum_elements(rows, p.num_heads_q, built);
+    w.dq_accum = plan.complete_dq ? new_tensor(q, {elements}, ScalarType::Float)
+                                  : zeros(elements, ScalarType::Float);
+    if (p.deterministic || plan.complete_dq)
       w.dq_semaphore = zeros(bwd_dq_semaphores(rows, p.num_heads_q, plan.tile_m), ScalarType::Int);
   }
   if (plan.head_splits > 1) {

@@ -31,8 +31,8 @@ FA_HD constexpr int64_t bwd_dq_accum_elements(int64_t rows, int num_heads_q, int
   return rows * num_heads_q * head_dim;
 }
 
-// One counter for each (tile, head): how many of its additions are done (deterministic only). And
-// one that deals out tiles of keys.
+// One counter for each (tile, head): how many of its additions are done (deterministic, or where
+// the last one to add writes dQ). And one that deals out tiles of keys.
 FA_HD constexpr int64_t bwd_dq_semaphores(int64_t rows, int num_heads_q, int tile_m) {
   return rows / tile_m * num_heads_q + 1;
 }

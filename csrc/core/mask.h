@@ -54,6 +54,12 @@ FA_HD constexpr Range query_range(MaskSpec m, int k) {
   return {begin, max(begin, end)};
 }
 
+// Queries that keep a key.
+FA_HD constexpr Range seen_queries(MaskSpec m) {
+  return m.seqlen_k == 0 ? Range{0, 0}
+                         : Range{query_range(m, 0).begin, query_range(m, m.seqlen_k - 1).end};
+}
+
 FA_HD constexpr bool is_kept(MaskSpec m, int q, int k) {
   return key_range(m, q).contains(k);
 }

@@ -61,8 +61,9 @@ struct FwdParams {
 
 // Attention backward: gradients of q, k, v. The kernels keep K and V and stream Q and dO, so that
 // dK and dV are complete in one CTA; dQ is added up in fp32 in dq_accum and rounded by a last
-// kernel, or complete too, if one tile has all keys of a sequence. Where that gives too few CTAs,
-// head_splits of them share the query heads of a KV head, and dK and dV are added up likewise.
+// kernel, or by whoever adds last, or needs no adding where one tile has all keys of a sequence.
+// Where that gives too few CTAs, head_splits of them share the query heads of a KV head, and dK and
+// dV are added up likewise.
 struct BwdParams {
   const void* dout;  // [batch_size, seqlen_q, num_heads_q, head_dim_v], or [total_q, ...]
   const void* q;     // shapes as in the forward
@@ -73,8 +74,9 @@ struct BwdParams {
   void* dq;            // shape of q; every row is written
   void* dk;            // shape of k
   void* dv;            // shape of v
-  float* dq_accum;     // bwd_dq_accum_elements() of core/bwd_workspace.h, zeroed
-  int* dq_semaphore;   // bwd_dq_semaphores(), zeroed; nullptr: not deterministic
+  float* dq_accum;     // bwd_dq_accum_elements() of core/bwd_workspace.h, zeroed; see complete_dq
+  int* dq_semaphore;   // bwd_dq_semaphores(), zeroed; nullptr: no dq_accum, or neither
+                       // deterministic nor complete_dq
   float* dk_accum;     // [total_k, num_heads_kv, head_dim], zeroed; nullptr: head_splits is 1
   float* dv_accum;     // [total_k, num_heads_kv, head_dim_v], the same
   int* dkv_semaphore;  // bwd_dkv_semaphores(), zeroed; nullptr: not deterministic, or no dk_accum
@@ -88,7 +90,8 @@ struct BwdParams {
   int total_q, total_k;      // rows in all; fixed length: batch_size * seqlen
   int head_splits;           // CTAs that share the query heads of a KV head, which it divides
   int sm_margin;             // SMs that a persistent kernel leaves free
-  bool complete_dq;          // one tile has all keys of a sequence: dq_accum is not used
+  bool complete_dq;          // the kernel writes dq: dq_accum need not be zero, and if one tile has
+                             // all keys of a sequence, it is not used
   DType dtype;
   Arch tiles;  // which rows of core/tile_config.h to launch
 };

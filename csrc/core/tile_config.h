@@ -270,6 +270,12 @@ FA_HD constexpr bool sm80_bwd_completes_dq(Arch gpu, int head_dim) {
   return gpu != Arch::kSm89 && (built == 64 || built == 128);
 }
 
+// Whether SM90's backward has a kernel in which the last tile of keys to add to a tile of queries
+// writes dQ. Pairs add from registers and would wait there: 10 to 19 % slower at 1k and 2k.
+FA_HD constexpr bool sm90_bwd_completes_dq(int head_dim) {
+  return built_head_dim(head_dim) <= 128;
+}
+
 // K, V, the streamed Q and dO, dS, and fp32 dQ if staged; 2-byte elements. A CTA of a pair has half
 // of the keys, 128 columns of the other half's K, and dS of both.
 FA_HD constexpr int bwd_smem_bytes(BwdTileConfig c, int head_dim) {

@@ -43,7 +43,9 @@ struct Plan {
   int64_t num_ctas = 0;
   int num_splits = 1;           // partial results per row
   int head_splits = 1;          // bwd: CTAs that share the query heads of a KV head
-  bool complete_dq = false;     // bwd: a tile has all keys of a sequence, so dQ is not added up
+  bool complete_dq = false;     // bwd: the kernel writes dQ itself, and what it adds up in need not
+                                // be zero
+  bool adds_dq = false;         // bwd: several tiles of keys add to dQ, in fp32
   bool vectorized = false;      // rows are read and written 16 bytes at a time; attention: as they
                                 // are, else the binder copies what is not aligned or padded
   int smem_bytes = 0;           // dynamic, of a CTA

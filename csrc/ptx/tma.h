@@ -55,6 +55,21 @@ FA_DEVICE void cp_reduce_async_bulk_add_f32(float* dst, uint32_t smem, int bytes
       "r"(smem), "r"(bytes)
       : "memory");
 }
+// Copies `bytes` from shared memory to dst, as part of this thread's group. Preconditions: as
+// above.
+FA_DEVICE void cp_async_bulk_store(void* dst, uint32_t smem, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(smem),
+               "r"(bytes)
+               : "memory");
+}
+// Copies `bytes` at src to shared memory and counts them on `barrier`. Preconditions: as above.
+FA_DEVICE void cp_async_bulk_load(uint32_t smem, const void* src, int bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(smem),
+      "l"(src), "r"(bytes), "r"(barrier)
+      : "memory");
+}
 FA_DEVICE void cp_async_bulk_commit_group() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -73,6 +88,12 @@ FA_DEVICE void cp_async_bulk_wait_group() {
 // behind a barrier.
 FA_DEVICE void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Orders this thread's accesses to global memory, and those it has learnt of, before accesses by
+// TMA that it issues.
+FA_DEVICE void fence_proxy_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 }  // namespace fa::ptx

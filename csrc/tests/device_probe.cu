@@ -1,6 +1,7 @@
 // Compiled, not run, for every target: core/ is valid device code. Each kernel evaluates some of
 // core/ at run time and at compile time.
 #include "core/accum_layout.h"
+#include "core/bwd_order.h"
 #include "core/bwd_workspace.h"
 #include "core/cross_entropy.h"
 #include "core/decode_schedule.h"
@@ -32,11 +33,15 @@ __global__ void probe_ranges(SeqlenArgs args_q, SeqlenArgs args_k, TileGrid grid
   const BlockRange blocks = n_block_range(mask, tile.m_block, 128, 64);
   const BlockRange part = split_blocks(blocks, blockIdx.y, gridDim.y);
   const BlockRange rows = m_block_range(mask, tile.m_block, 64, 128);
+  const BwdOrder order{mask, 64, 128, grid.num_m_blocks,
+                       bwd_heads_fit(grid.num_m_blocks, 1, 132, true)};
   const TileCoord varlen =
       varlen_tile_coord(args_q.cu_seqlens, grid.batch_size, 128, grid.num_heads, blockIdx.x);
   const TokenTile tokens = token_tile(args_q.cu_seqlens, grid.batch_size, q.seqlen, 64, blockIdx.x);
   out[threadIdx.x] = tokens.begin + part.begin + part.full_end + rows.full_begin + varlen.m_block +
-                     is_kept(mask, threadIdx.x, threadIdx.y) + tile_coord(grid, 1, false).head +
+                     is_kept(mask, threadIdx.x, threadIdx.y) + seen_queries(mask).begin +
+                     order.turn(tile.m_block, rows.begin).before +
+                     order.first_step(tile.m_block, rows.size()) + tile_coord(grid, 1, false).head +
                      choose_num_splits(grid.size(), gridDim.z, blocks.size(), 32) +
                      split_work(gridDim.x, 7, 0, 1, kDecodeFewRows).part_of(threadIdx.x);
 }

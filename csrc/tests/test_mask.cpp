@@ -36,6 +36,8 @@ void test_pairs_and_ranges() {
     const MaskSpec m = mask_spec(s.seqlen_q, s.seqlen_k, s.window_left, s.window_right);
     for (int q = 0; q < s.seqlen_q; ++q) {
       const Range keys = key_range(m, q);
+      CHECK(seen_queries(m).contains(q) == (keys.size() > 0), "seen sq=%d sk=%d q=%d", s.seqlen_q,
+            s.seqlen_k, q);
       CHECK(0 <= keys.begin && keys.begin <= keys.end && keys.end <= s.seqlen_k, "sq=%d sk=%d q=%d",
             s.seqlen_q, s.seqlen_k, q);
       for (int k = -1; k <= s.seqlen_k; ++k) {

@@ -4,6 +4,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/bwd_order.h"
 #include "core/bwd_workspace.h"
 #include "core/decode_schedule.h"
 #include "core/fast_div.h"
@@ -205,6 +206,77 @@ void test_bwd_workspace() {
       }
 }
 
+// `workers` CTAs take the tiles of keys of a head as they are dealt out, from the last one down,
+// and walk. Every tile of queries is added to by all that see it, one after the other, and nobody
+// waits for ever; in a circle, with a worker for each, nobody waits at all.
+void check_bwd_order(const BwdOrder& order, int workers) {
+  struct Walk {
+    int n_block, m_block, steps_left;
+    BlockRange blocks;
+  };
+  const int num_m_blocks = ceil_div(order.mask.seqlen_q, order.tile_m);
+  std::vector<int> added(num_m_blocks, 0);
+  std::vector<Walk> walks;
+  int next = order.num_n_blocks - 1, rounds = 0, longest = 0;
+  const char* text = "sq=%d sk=%d left=%d right=%d n_block=%d m_block=%d";
+  while (next >= 0 || !walks.empty()) {
+    while (next >= 0 && static_cast<int>(walks.size()) < workers) {
+      const BlockRange blocks = m_block_range(order.mask, next, order.tile_m, order.tile_n);
+      const int size = blocks.size(), first = order.first_step(next, size);
+      if (size > 0) walks.push_back({next, blocks.begin + first, size, blocks});
+      longest = std::max(longest, size);
+      --next;
+    }
+    if (walks.empty()) break;
+    const std::vector<int> before = added;  // of this round
+    bool any = false;
+    for (Walk& w : walks) {
+      const BwdTurn turn = order.turn(w.n_block, w.m_block);
+      CHECK(0 <= turn.before && turn.before < turn.count, text, order.mask.seqlen_q,
+            order.mask.seqlen_k, order.mask.window_left, order.mask.window_right, w.n_block,
+            w.m_block);
+      if (before[w.m_block] != turn.before) continue;
+      any = true;
+      ++added[w.m_block];
+      w.m_block = w.m_block + 1 < w.blocks.end ? w.m_block + 1 : w.blocks.begin;
+      --w.steps_left;
+    }
+    ++rounds;
+    CHECK(any, "nobody has a turn: sq=%d sk=%d", order.mask.seqlen_q, order.mask.seqlen_k);
+    if (!any) return;
+    walks.erase(
+        std::remove_if(walks.begin(), walks.end(), [](const Walk& w) { return w.steps_left == 0; }),
+        walks.end());
+  }
+  for (int m_block = 0; m_block < num_m_blocks; ++m_block) {
+    const BlockRange range = n_block_range(order.mask, m_block, order.tile_m, order.tile_n);
+    const int count = std::max(0, std::min(range.end, order.num_n_blocks) - range.begin);
+    CHECK(added[m_block] == count, text, order.mask.seqlen_q, order.mask.seqlen_k,
+          order.mask.window_left, order.mask.window_right, -1, m_block);
+    if (count > 0)
+      CHECK(order.turn(range.begin, m_block).count == count, text, order.mask.seqlen_q,
+            order.mask.seqlen_k, -1, -1, range.begin, m_block);
+  }
+  if (order.is_circle() && num_m_blocks >= order.num_tiles())
+    CHECK(rounds == longest, "waits: sq=%d sk=%d", order.mask.seqlen_q, order.mask.seqlen_k);
+}
+
+void test_bwd_order() {
+  for (int seqlen_q : {1, 4, 7, 16, 31, 64})
+    for (int seqlen_k : {1, 8, 9, 24, 40, 64})
+      for (int window_left : {kUnbounded, 0, 5, 20})
+        for (int window_right : {kUnbounded, 0, 6}) {
+          const MaskSpec mask = mask_spec(seqlen_q, seqlen_k, window_left, window_right);
+          const int tiles = ceil_div(seqlen_k, 8);
+          for (int missing : {0, 1}) {
+            const int launched = std::max(1, tiles - missing);
+            check_bwd_order({mask, 4, 8, launched, true}, launched);
+            for (int workers : {1, 2, launched})
+              check_bwd_order({mask, 4, 8, launched, false}, workers);
+          }
+        }
+}
+
 void test_seqlen_info() {
   const std::vector<int> lengths{3, 0, 7, 5};
   std::vector<int> cu_seqlens{0}, used{2, 0, 9, -1}, leftpad{1, 0, 4, 9};
@@ -368,6 +440,7 @@ int main() {
   test_l2_group_size();
   test_varlen_tiles();
   test_bwd_workspace();
+  test_bwd_order();
   test_seqlen_info();
   test_element_offsets_are_64_bit();
   test_page_table();

@@ -301,7 +301,9 @@ def test_sm90_bwd(introspect: ModuleType, dtype: str, head_dim: int) -> None:
         assert plan["smem_bytes"] == tile["smem_bytes"] + padding + statistics + 512 <= 227 * 1024
         assert (plan["num_ctas"], plan["head_splits"]) == (1 * 4 * 2 * tile["num_ctas"], 1)
         counters = (16 * 2 * 4 + 1) * 4 if fields.get("deterministic") else 0
-        assert plan["workspace_bytes"] == 2 * 1024 * 4 * head_dim * 4 + counters
+        sums = 2 * 1024 * 4 * head_dim * 4
+        completes = head_dim <= 128 and fields is not options
+        assert plan["workspace_bytes"] == (0 if completes else sums + counters)
 
 
 def test_what_sm90_bwd_leaves_to_sm80(introspect: ModuleType) -> None:
@@ -330,6 +332,39 @@ def test_dq_of_one_tile_of_keys_needs_no_workspace(introspect: ModuleType) -> No
         assert introspect.make_plan(problem("bwd", **keys), "a100", ALL)["workspace_bytes"] > 0
     keys = {**sizes, "seqlen_k": 128}
     assert introspect.make_plan(problem("bwd", **keys), "rtx4090", ALL)["workspace_bytes"] > 0
+
+
+def test_where_sm90_completes_dq(introspect: ModuleType) -> None:
+    """It has counters where there are few keys, not fewer queries, and enough tiles if masked."""
+    heads = {"num_heads_q": 16, "num_heads_kv": 16, "head_dim": 128, "head_dim_v": 128}
+
+    def has_counters(seqlen: int, **fields: Any) -> bool:
+        sizes = {"batch_size": 16384 // seqlen, "seqlen_q": seqlen, "seqlen_k": seqlen}
+        keys = {**heads, **sizes, **fields}
+        plan = introspect.make_plan(problem("bwd", **keys), "h100", ALL)
+        built = min(size for size in BUILT if size >= keys["head_dim"])
+        tiles = keys["batch_size"] * -(-keys["seqlen_q"] // 64) * keys["num_heads_q"]
+        if keys.get("varlen"):
+            tiles = (keys["total_q"] // 64 + keys["batch_size"]) * keys["num_heads_q"]
+        counters = plan["workspace_bytes"] - tiles * 64 * built * 4
+        assert counters in (0, (tiles + 1) * 4)
+        return counters > 0
+
+    causal = {"window_right": 0}
+    small = {"head_dim": 64, "head_dim_v": 64}
+    packed = {"varlen": True, "total_q": 40000, "total_k": 40000, "batch_size": 16}
+    for seqlen, fields in (
+        *((512, {}), (2048, {}), (2048, causal), (1024, small), (1536, {**small, **causal})),
+        *((512, {"seqlen_q": 2048}), (4096, {**packed, **causal})),
+        (1024, {"batch_size": 4}),  # few tiles, equally long
+    ):
+        assert has_counters(seqlen, **fields), (seqlen, fields)
+    for seqlen, fields in (
+        *((2304, {}), (2304, causal), (1152, small), (2048, {**small, **causal})),
+        *((1024, {"seqlen_q": 512}), (4096, packed), (1024, {"batch_size": 4, **causal})),
+        *((512, {"softcap": True}), (512, {"dropout": True}), (512, {"head_dim": 192})),
+    ):
+        assert not has_counters(seqlen, **fields), (seqlen, fields)
 
 
 @pytest.mark.parametrize("family", ATTENTION)

@@ -7,6 +7,10 @@
 
 namespace fa {
 
+// Kernels apart, as another branch in the loop of SM80's costs it 2 to 4 % at head_dim 128.
+// kCompleteDq: no score modifications, and writes dQ itself.
+enum class BwdKind { kPlain, kScoreMod, kCompleteDq };
+
 // Number of the tile (m_block, head) of a sequence in dq_accum and among the semaphores.
 FA_DEVICE int64_t bwd_dq_tile_index(const BwdParams& p, int tile_m, int batch, int64_t first_row,
                                     int m_block, int head) {

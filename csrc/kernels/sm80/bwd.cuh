@@ -41,9 +41,6 @@ FA_DEVICE T* dq_of_head(const BwdParams& p, const BwdTile& tile, int head) {
                                                 head);
 }
 
-// Kernels apart, as another branch in the loop of one kernel costs it 2 to 4 % at head_dim 128.
-enum class BwdKind { kPlain, kScoreMod, kCompleteDq };
-
 template <class T, int kHeadDim, Arch kTiles, BwdKind kKind>
 struct BwdCta {
   using Shape = BwdShape<kHeadDim, kTiles>;

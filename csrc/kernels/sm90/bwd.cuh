@@ -14,8 +14,9 @@
 // statistics, dO, and each consumer's dS.
 // Rows past the end of a sequence may hold anything, also NaN: scores are masked, and the rows
 // overwritten with zeros in shared memory (bwd_elements.h).
-// delta comes from bwd_preprocess, bwd_postprocess rounds dQ. Tiles: core/tile_config.h. Numbers:
-// docs/performance/sm90_backward.md. Algorithm: FlashAttention-2, arXiv:2307.08691, algorithm 2.
+// delta comes from bwd_preprocess; bwd_postprocess rounds dQ, or, with BwdKind::kCompleteDq, who is
+// last to add. Tiles: core/tile_config.h. Numbers: docs/performance/sm90_backward.md.
+// Algorithm: FlashAttention-2, arXiv:2307.08691, algorithm 2.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -84,7 +85,7 @@ struct BwdConsumer {
     acc_dk.clear();
     acc_dv.clear();
     Scores acc_s;
-    BwdStep step = BwdStep::first(p, launch, tile);
+    BwdStep step = BwdStep::first(launch, tile);
     Layout::KeptPipeline::consumer(smem + Layout::kKBarriers).wait_full();
     clear_kept_behind(tile, smem_k());
     const Kept kept_k = load_kept(smem_k());
@@ -313,7 +314,7 @@ struct BwdPipelinedConsumer : BwdConsumer<T, kHeadDim, false> {
     Gradient acc_dk, acc_dv;
     acc_dk.clear();
     acc_dv.clear();
-    BwdStep step = BwdStep::first(p, launch, tile);
+    BwdStep step = BwdStep::first(launch, tile);
     Scores acc_s, acc_dp;
     Layout::KeptPipeline::consumer(smem + Layout::kKBarriers).wait_full();
     this->clear_kept_behind(tile, smem_k());
@@ -408,9 +409,10 @@ struct BwdPipelinedConsumer : BwdConsumer<T, kHeadDim, false> {
   }
 };
 
-template <class T, int kHeadDim, bool kScoreMod>
-__global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1)
+template <class T, int kHeadDim, BwdKind kKind>
+__global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kKind == BwdKind::kScoreMod>::kThreads, 1)
     bwd_kernel(const __grid_constant__ BwdParams p, const __grid_constant__ BwdLaunch launch) {
+  constexpr bool kScoreMod = kKind == BwdKind::kScoreMod;
   using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
   extern __shared__ __align__(1024) char smem[];
   const uint32_t smem_base = ptx::cvta_to_shared(smem);
@@ -430,10 +432,13 @@ __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1
     const BwdTile tile = bwd_tile(p, launch, blockIdx.x);
     if (threadIdx.x == 0) BwdProducer<Layout>(p, launch, smem_base).run(tile);
     if (warp == 1) BwdStatistics<Layout>{p, launch, smem_base, lane}.run(tile);
-    if (warp >= 2) BwdDqAdder<Layout>{p, launch, smem_base, warp - 2, lane}.run(tile);
+    if (warp >= 2) BwdDqAdder<T, Layout, kKind>{p, launch, smem_base, warp - 2, lane}.run(tile);
   } else if (warpgroup == 1) {
     ptx::setmaxnreg_dec<Layout::kRegisters.dq>();
-    BwdDq<T, Layout>(smem_base).run(bwd_tile(p, launch, blockIdx.x).num_steps);
+    const BwdTile tile = bwd_tile(p, launch, blockIdx.x);
+    if constexpr (kKind == BwdKind::kCompleteDq)
+      clear_unseen_dq<T, kWarpgroupSize>(p, launch, tile, threadIdx.x % kWarpgroupSize);
+    BwdDq<T, Layout, kKind>(p, smem_base).run(tile.num_steps);
   } else {
     ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
     using Consumer = std::conditional_t<Layout::kPipelined, BwdPipelinedConsumer<T, kHeadDim>,
@@ -445,6 +450,22 @@ __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kScoreMod>::kThreads, 1
 // KV heads whose Q, dO and dQ fill a share of the L2 cache run at the same time. H100 (50 MB): 4, 8
 // and 16 MB are equal, 32 MB is 6 % slower at 2k; deterministic 128 MB is 10 % slower at 8k.
 constexpr int64_t kBwdL2GroupBytes = 16 << 20;
+
+// And about as many as fill the GPU: with fewer, the long tiles of the last ones begin behind short
+// ones and end late, 10 % of the time where 8 KV heads x 2 have four query heads and 8k keys each.
+template <int kHeadDim>
+int bwd_heads_at_once(const BwdParams& p, int num_sms) {
+  const auto mean_length = [&](const SeqlenArgs& seqlens, int total) {
+    return seqlens.cu_seqlens ? total / max(p.batch_size, 1) : seqlens.max_seqlen;
+  };
+  const int64_t stream_bytes = int64_t{p.num_heads_q / p.num_heads_kv} *
+                               mean_length(p.seqlens_q, p.total_q) *
+                               (2 * (p.head_dim + p.head_dim_v) + 4 * kHeadDim);
+  const int tiles = ceil_div(max(1, mean_length(p.seqlens_k, p.total_k)), kBwdTileN);
+  int heads = l2_group_size(stream_bytes, 1, kBwdL2GroupBytes);
+  while (2 * heads * tiles <= num_sms + num_sms / 4) heads *= 2;
+  return heads;
+}
 
 inline cudaError_t encode_bwd_tensor_maps(const BwdParams& p, BwdLaunch& launch) {
   constexpr int kKeys = 64;  // of a consumer, or of a CTA of a pair
@@ -467,7 +488,7 @@ inline cudaError_t encode_bwd_tensor_maps(const BwdParams& p, BwdLaunch& launch)
   return error;
 }
 
-template <class T, int kHeadDim, bool kScoreMod>
+template <class T, int kHeadDim, BwdKind kKind>
 int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream) {
   const TileGrid grid{max(1, ceil_div(p.seqlens_k.max_seqlen, kBwdTileN)), p.num_heads_kv,
                       num_sequences};
@@ -477,33 +498,30 @@ int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream
   launch.heads_per_kv = p.num_heads_q / p.num_heads_kv;
   launch.num_tiles = static_cast<int>(grid.size());
   launch.scale_log2 = p.score.softmax_scale * kLog2e;
-  const int64_t stream_bytes = int64_t{launch.heads_per_kv} * p.seqlens_q.max_seqlen *
-                               (2 * (p.head_dim + p.head_dim_v) + 4 * kHeadDim);
-  const bool deterministic = p.dq_semaphore != nullptr;
-  // n_block 0 first, as under a causal mask most queries see it; deterministic: BwdStep.
-  launch.order = TileOrder::of(
-      grid, deterministic, deterministic ? 1 : l2_group_size(stream_bytes, 1, kBwdL2GroupBytes));
+  launch.in_order = p.dq_semaphore != nullptr;
   constexpr BwdTileConfig kTile = bwd_tile_config(Arch::kSm90, kHeadDim);
   constexpr bool kPair = kTile.num_ctas == 2;
   int num_sms = 0;
   cudaError_t error = num_multiprocessors(num_sms);
   if (error != cudaSuccess) return error;
-  // With a margin of two: others may have some of the SMs.
-  launch.heads_fit = 2 * kTile.num_ctas * grid.num_m_blocks <= num_sms;
+  // n_block 0 first, as under a causal mask most queries see it; in order: BwdStep.
+  launch.order = TileOrder::of(grid, launch.in_order,
+                               launch.in_order ? 1 : bwd_heads_at_once<kHeadDim>(p, num_sms));
+  launch.heads_fit = bwd_heads_fit(grid.num_m_blocks, kTile.num_ctas, num_sms, p.complete_dq);
   // Clusters do not begin in the order of blockIdx, so a counter behind those of dQ deals out
   // tiles.
   const int64_t rows = bwd_dq_accum_rows(p.seqlens_q.cu_seqlens != nullptr, p.batch_size,
                                          p.seqlens_q.max_seqlen, p.total_q, kBwdTileM);
-  launch.next_tile = deterministic && kPair
+  launch.next_tile = launch.in_order && kPair
                          ? p.dq_semaphore + bwd_dq_semaphores(rows, p.num_heads_q, kBwdTileM) - 1
                          : nullptr;
   error = encode_bwd_tensor_maps(p, launch);
   if (error != cudaSuccess) return error;
   if constexpr (kPair) {
-    return launch_bwd_pair_kernel<T, kHeadDim, kScoreMod>(p, launch, stream);
+    return launch_bwd_pair_kernel<T, kHeadDim, kKind == BwdKind::kScoreMod>(p, launch, stream);
   } else {
-    using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
-    constexpr auto kKernel = bwd_kernel<T, kHeadDim, kScoreMod>;
+    using Layout = BwdLayout<T, kHeadDim, kKind == BwdKind::kScoreMod>;
+    constexpr auto kKernel = bwd_kernel<T, kHeadDim, kKind>;
     error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
     if (error != cudaSuccess) return error;
     kKernel<<<launch.num_tiles, Layout::kThreads, Layout::kSmemBytes, stream>>>(p, launch);
@@ -516,9 +534,15 @@ int launch_bwd(const BwdParams& p, cudaStream_t stream) {
   // Varlen tensors have the rest behind the last sequence as well.
   const int num_sequences =
       p.batch_size + (p.seqlens_q.cu_seqlens || p.seqlens_k.cu_seqlens ? 1 : 0);
-  const int error = has_score_mod(p.score)
-                        ? launch_bwd_kernel<T, kHeadDim, true>(p, num_sequences, stream)
-                        : launch_bwd_kernel<T, kHeadDim, false>(p, num_sequences, stream);
+  if (p.complete_dq) {
+    if constexpr (sm90_bwd_completes_dq(kHeadDim))
+      return launch_bwd_kernel<T, kHeadDim, BwdKind::kCompleteDq>(p, num_sequences, stream);
+    return cudaErrorInvalidValue;
+  }
+  const int error =
+      has_score_mod(p.score)
+          ? launch_bwd_kernel<T, kHeadDim, BwdKind::kScoreMod>(p, num_sequences, stream)
+          : launch_bwd_kernel<T, kHeadDim, BwdKind::kPlain>(p, num_sequences, stream);
   return error != cudaSuccess ? error
                               : launch_bwd_postprocess<T, kHeadDim>(p, num_sequences, stream);
 }

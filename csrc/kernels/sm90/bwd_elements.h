@@ -159,4 +159,20 @@ FA_DEVICE void clear_gradients(const BwdParams& p, const BwdLaunch& launch, cons
   }
 }
 
+// kCompleteDq: dQ = 0 for whole tiles of queries that see no key, and behind the sequence. A tile
+// of keys takes every num_n_blocks-th. `thread` of kThreads.
+template <class T, int kThreads>
+FA_DEVICE void clear_unseen_dq(const BwdParams& p, const BwdLaunch& launch, const BwdTile& tile,
+                               int thread) {
+  const Range seen = seen_queries(tile.mask);
+  for (int first = tile.n_block * kBwdTileM; first < tile.q_seq.stored;
+       first += launch.order.grid.num_m_blocks * kBwdTileM) {
+    if (first + kBwdTileM > seen.begin && first < seen.end) continue;
+    const Range rows{first, min(first + kBwdTileM, tile.q_seq.stored)};
+    for (int i = 0; i < launch.heads_per_kv; ++i)
+      clear_rows<kThreads>(dq_row<T>(p, tile, tile.first_head + i, 0), p.dq_strides.token, rows,
+                           p.head_dim, thread);
+  }
+}
+
 }  // namespace fa

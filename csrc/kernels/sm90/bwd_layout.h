@@ -4,10 +4,29 @@
 #include "attention/score_mod.h"
 #include "core/tile_config.h"
 #include "kernels/sm90/bwd_tile.h"
+#include "ptx/shared_memory.h"
 #include "tile/mma_sm90.h"
 #include "tile/pipeline.h"
 
 namespace fa {
+
+// Where dQ of a tile of queries goes from the registers, which a warp that adds says of each step.
+struct BwdDqTarget {
+  static constexpr int kBytes = 16;  // in shared memory
+
+  uint64_t rows;                  // address of the first; 0: to the warp that adds
+  uint32_t num_rows, num_stored;  // that attend, that exist; at most kBwdTileM
+  bool has_sums;                  // those of other tiles are in the buffer
+
+  FA_DEVICE void store(uint32_t smem) const {
+    ptx::st_shared_v4(smem, uint4{static_cast<uint32_t>(rows), static_cast<uint32_t>(rows >> 32),
+                                  num_rows | num_stored << 16, has_sums});
+  }
+  static FA_DEVICE BwdDqTarget load(uint32_t smem) {
+    const uint4 x = ptx::ld_shared_v4(smem);
+    return {static_cast<uint64_t>(x.y) << 32 | x.x, x.z & 0xffff, x.z >> 16, x.w != 0};
+  }
+};
 
 template <class T, int kHeadDim, bool kScoreMod>
 struct BwdLayout {
@@ -45,6 +64,9 @@ struct BwdLayout {
   static constexpr int kDqAdders = 2;
   static constexpr int kDqFull = 5, kDqEmpty = kDqFull + kDqAdders * kDqParts;
   static constexpr int kDqThreads = kWarpgroupSize + kWarpSize;  // that meet there
+  // The same from one adder to the other.
+  static constexpr int kDqFree = kDqEmpty + kDqParts;
+  static_assert(kDqFree + kDqAdders * kDqParts <= 16);
   static constexpr int kDqPartBytes = kTileM * kDqCols * static_cast<int>(sizeof(float));
 
   static constexpr int kStatisticBytes = kTileM * static_cast<int>(sizeof(float));
@@ -59,8 +81,10 @@ struct BwdLayout {
   static constexpr int kQBarriers = kVBarriers + KeptPipeline::kBarrierBytes;
   static constexpr int kDoutBarriers = kQBarriers + StreamPipeline::kBarrierBytes;
   static constexpr int kScoresBarriers = kDoutBarriers + StreamPipeline::kBarrierBytes;
+  static constexpr int kDqTargets = kScoresBarriers + kConsumers * ScoresPipeline::kBarrierBytes;
+  static constexpr int kDqSumsBarriers = kDqTargets + kDqAdders * BwdDqTarget::kBytes;
   static constexpr int kSmemBytes = sm90_bwd_smem_bytes(kTile, kHeadDim);
-  static_assert(kScoresBarriers + kConsumers * ScoresPipeline::kBarrierBytes <= kSmemBytes);
+  static_assert(kDqSumsBarriers + 8 * kDqParts <= kSmemBytes);
 
   static FA_DEVICE TileKept smem_k(uint32_t smem, int consumer) {
     return {smem + kK + consumer * TileKept::kBytes};
@@ -82,6 +106,12 @@ struct BwdLayout {
   static FA_DEVICE uint32_t statistics(uint32_t smem, int stage) {
     return smem + kStatistics + stage * 2 * kStatisticBytes;
   }
+  static FA_DEVICE uint32_t smem_dq(uint32_t smem, int part) {
+    return smem + kDq + part * kDqPartBytes;
+  }
+  static FA_DEVICE uint32_t dq_target(uint32_t smem, int adder) {
+    return smem + kDqTargets + adder * BwdDqTarget::kBytes;
+  }
   static FA_DEVICE uint32_t scores_barriers(uint32_t smem, int consumer) {
     return smem + kScoresBarriers + consumer * ScoresPipeline::kBarrierBytes;
   }
@@ -92,6 +122,7 @@ struct BwdLayout {
     StreamPipeline::init(smem + kQBarriers, kConsumerWarps, 2);  // filled with Q and statistics
     StreamPipeline::init(smem + kDoutBarriers, kConsumerWarps);
     for (int i = 0; i < kConsumers; ++i) ScoresPipeline::init(scores_barriers(smem, i), 4, 4);
+    for (int i = 0; i < kDqParts; ++i) ptx::mbarrier_init(smem + kDqSumsBarriers + 8 * i, 1);
     ptx::fence_mbarrier_init();
   }
 };

@@ -133,7 +133,7 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
     ptx::wgmma_pin(acc_dv.x[0]);
     ptx::wgmma_pin(acc_dk.x[0]);
     typename Base::Scores acc_s;
-    BwdStep step = BwdStep::first(p, launch, tile);
+    BwdStep step = BwdStep::first(launch, tile);
     this->wait_for_kept(tile, Layout::smem_k(smem), Layout::kKBarriers);
     wait_for_q(this->q_at(0), tile, step);
     issue_scores(acc_s, 0);
@@ -246,7 +246,7 @@ struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
     ptx::wgmma_pin(acc_dv.x[0]);
     ptx::wgmma_pin(acc_dk.x[0]);
     typename Base::Scores acc_dp;
-    BwdStep step = BwdStep::first(p, launch, tile);
+    BwdStep step = BwdStep::first(launch, tile);
     this->wait_for_kept(tile, Layout::smem_v(smem), Layout::kVBarriers);
     issue_dp_low(acc_dp, tile, step, true);
     issue_dp_high(acc_dp, tile, step, true);

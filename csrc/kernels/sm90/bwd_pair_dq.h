@@ -41,7 +41,7 @@ struct BwdPairDq {
     clear_rows_behind(shared,
                       tile.k_seq.seqlen - tile.n_block * kBwdTileN - (1 - rank) * Layout::kKeys,
                       p.seqlens_k, kBarrier);
-    BwdStep step = BwdStep::first(p, launch, tile);
+    BwdStep step = BwdStep::first(launch, tile);
 #pragma unroll 1
     for (int n = 0; n < tile.num_steps; ++n) {
       const int64_t index = bwd_dq_tile_index(p, kBwdTileM, tile.batch, tile.q_seq.first_row,
@@ -95,7 +95,8 @@ struct BwdPairDq {
   FA_DEVICE void wait_for_turn(const BwdTile& tile, BwdStep step, int64_t index) const {
     if (p.dq_semaphore == nullptr) return;
     if (thread == 0) {
-      const int before = Layout::kCtas * bwd_turn(launch, tile, step.m_block);
+      const int before =
+          Layout::kCtas * bwd_order(launch, tile).turn(tile.n_block, step.m_block).before;
       while (ptx::ld_acquire_gpu_s32(p.dq_semaphore + index) < before) {
       }
     }

@@ -28,7 +28,7 @@ struct BwdPairProducer {
   // part of dO(j - 1).
   FA_DEVICE void run(const BwdTile& tile) {
     if (tile.num_steps == 0) return;
-    BwdStep step = BwdStep::first(p, launch, tile);
+    BwdStep step = BwdStep::first(launch, tile);
     load_q(tile, step);
     load_kept(tile, rank, 0, &launch.k, Layout::smem_k(smem), Layout::kKBarriers);
     load_dout<typename Layout::TileLow>(tile, step, 0);

@@ -28,7 +28,7 @@ struct BwdProducer {
   FA_DEVICE void run(const BwdTile& tile) {
     int steps = tile.num_steps;
     if (steps == 0) return;
-    BwdStep step = BwdStep::first(p, launch, tile);
+    BwdStep step = BwdStep::first(launch, tile);
     const ptx::BoxOrigin kv_at{
         0, static_cast<int>(tile.k_seq.first_row) + tile.n_block * Layout::kTileN, tile.head_kv,
         p.seqlens_k.cu_seqlens != nullptr ? 0 : tile.batch};
@@ -79,7 +79,7 @@ struct BwdStatistics {
 
   FA_DEVICE void run(const BwdTile& tile) const {
     auto q = Layout::StreamPipeline::producer(smem + Layout::kQBarriers);
-    BwdStep step = BwdStep::first(p, launch, tile);
+    BwdStep step = BwdStep::first(launch, tile);
 #pragma unroll 1
     for (int n = 0; n < tile.num_steps; ++n) {
       bring(tile, step, q);

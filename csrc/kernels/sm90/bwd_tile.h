@@ -3,6 +3,7 @@
 #pragma once
 #include <cuda.h>
 
+#include "core/bwd_order.h"
 #include "core/bwd_workspace.h"
 #include "core/mask.h"
 #include "core/params.h"
@@ -19,6 +20,7 @@ struct BwdLaunch {
   int num_tiles, heads_per_kv;
   float scale_log2;  // softmax_scale * log2(e)
   bool heads_fit;    // all tiles of a head run at the same time
+  bool in_order;     // tiles of keys add to a tile of queries in that of core/bwd_order.h
   int* next_tile;    // zeroed counter that deals out the tiles; nullptr: blockIdx says which
 };
 
@@ -46,22 +48,16 @@ FA_DEVICE BwdTile bwd_tile(const BwdParams& p, const BwdLaunch& launch, int inde
   return tile;
 }
 
-// Deterministic: tiles of keys add to a tile of queries in an order that is theirs alone. With no
-// mask and all tiles of a head running, tile n begins at block n * size / num_n_blocks of queries,
-// and the order is that of the walks: no tile waits for another. Else all begin at their first
-// block, and the order is from the last tile of keys down, as they are dealt out, so that whoever
-// is waited for already runs; under a causal mask tile n meets a block two steps after tile n + 1.
-FA_DEVICE bool walks_in_circle(const BwdLaunch& launch, const MaskSpec& mask) {
-  return launch.heads_fit && mask.window_left == kUnbounded && mask.window_right == kUnbounded;
+// dQ of a query of the sequence.
+template <class T>
+FA_DEVICE T* dq_row(const BwdParams& p, const BwdTile& tile, int head, int query) {
+  return static_cast<T*>(p.dq) + element_offset(p.dq_strides.batch, p.dq_strides.token,
+                                                p.dq_strides.head, tile.batch,
+                                                tile.q_seq.first_row + query, head);
 }
-// How many tiles of keys add to a tile of queries before this one.
-FA_DEVICE int bwd_turn(const BwdLaunch& launch, const BwdTile& tile, int m_block) {
-  const int num_n_blocks = ceil_div(tile.k_seq.seqlen, kBwdTileN);
-  if (!walks_in_circle(launch, tile.mask))
-    return n_block_range(tile.mask, m_block, kBwdTileM, kBwdTileN).end - 1 - tile.n_block;
-  // The last tile that begins at m_block or below adds first.
-  const int first = min(num_n_blocks - 1, ((m_block + 1) * num_n_blocks - 1) / tile.blocks.size());
-  return first - tile.n_block + (tile.n_block > first ? num_n_blocks : 0);
+
+FA_DEVICE BwdOrder bwd_order(const BwdLaunch& launch, const BwdTile& tile) {
+  return {tile.mask, kBwdTileM, kBwdTileN, launch.order.grid.num_m_blocks, launch.heads_fit};
 }
 
 // A tile of queries of one head. A CTA walks the blocks of each head upwards and around, from a
@@ -70,13 +66,10 @@ struct BwdStep {
   int head, m_block;
   int blocks_left;  // of the head, this one included
 
-  static FA_DEVICE BwdStep first(const BwdParams& p, const BwdLaunch& launch, const BwdTile& tile) {
+  static FA_DEVICE BwdStep first(const BwdLaunch& launch, const BwdTile& tile) {
     const int size = tile.blocks.size();
     int skipped = (2 * tile.n_block + 1) % max(1, size);
-    if (p.dq_semaphore != nullptr)
-      skipped = walks_in_circle(launch, tile.mask)
-                    ? tile.n_block * size / ceil_div(tile.k_seq.seqlen, kBwdTileN)
-                    : 0;
+    if (launch.in_order) skipped = bwd_order(launch, tile).first_step(tile.n_block, size);
     return {tile.first_head, tile.blocks.begin + skipped, size};
   }
   FA_DEVICE void advance(const BlockRange& blocks) {
