@@ -19,13 +19,13 @@ FA_HD constexpr bool has_score_mod(const ScoreParams& p) {
          !(p.softmax_scale > 0.f);
 }
 
-// Which of them a problem has, known when it runs, or when the code is compiled: loops for one of
-// them alone have no branches, behind which nothing would overlap.
+// Which of them a problem has, known when it runs, or when the code is compiled: code for one of
+// them alone has no branches, behind which nothing would overlap.
 struct ModKinds {
   bool softcap, alibi, dropout;
-  FA_DEVICE bool is_softcap() const { return softcap && !alibi && !dropout; }
-  FA_DEVICE bool is_bias() const { return !softcap && !dropout; }
-  FA_DEVICE bool is_dropout() const { return dropout && !softcap && !alibi; }
+  FA_HD bool is_softcap() const { return softcap && !alibi && !dropout; }
+  FA_HD bool is_bias() const { return !softcap && !dropout; }
+  FA_HD bool is_dropout() const { return dropout && !softcap && !alibi; }
 };
 struct OnlySoftcap {
   static constexpr bool softcap = true, alibi = false, dropout = false;
@@ -36,8 +36,11 @@ struct OnlyAlibi {  // also with slopes of 0
 struct OnlyDropout {
   static constexpr bool softcap = false, alibi = false, dropout = true;
 };
+struct NoMods {
+  static constexpr bool softcap = false, alibi = false, dropout = false;
+};
 
-FA_DEVICE ModKinds mod_kinds(const ScoreParams& p) {
+FA_HD ModKinds mod_kinds(const ScoreParams& p) {
   return {p.softcap != 0.f, p.alibi_slopes != nullptr, p.keep_threshold < 256};
 }
 
@@ -45,7 +48,7 @@ FA_DEVICE ModKinds mod_kinds(const ScoreParams& p) {
 template <bool kScoreMod, class Loop>
 FA_DEVICE void with_mod_kinds(ModKinds kinds, Loop loop) {
   if (!kScoreMod) {
-    loop(ModKinds{});
+    loop(NoMods{});
   } else if (kinds.is_softcap()) {
     loop(OnlySoftcap{});
   } else if (kinds.is_bias()) {

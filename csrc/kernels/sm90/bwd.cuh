@@ -39,8 +39,10 @@
 namespace fa {
 
 // A consumer warpgroup's computation: the stages of the loop as functions, and what they share.
-template <class T, int kHeadDim, bool kScoreMod>
+// Kinds of score modifications: NoMods, one alone, or ModKinds, any.
+template <class T, int kHeadDim, class Kinds>
 struct BwdConsumer {
+  static constexpr bool kScoreMod = !std::is_same_v<Kinds, NoMods>;
   using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
   static constexpr int kTileM = Layout::kTileM;
   static constexpr int kFirstOwnBarrier = 1, kFirstTurnBarrier = 3;  // named barriers
@@ -116,8 +118,8 @@ struct BwdConsumer {
       Operand dscores = kScoreMod ? passed : probs;
       FA_UNROLL
       for (int k = 0; k < kTileM / 16; ++k)
-        to_dscores<T>(dscores.x[0][k], score_part(acc_dp, k), deltas.part(k),
-                      kScoreMod ? drop_factor(p.score) : 0.f);
+        to_dscores<T>(dscores.x[0][k], score_part(acc_dp, k), deltas.part(k), kinds(),
+                      drop_factor(p.score));
 
       // The next S goes ahead of dK. Behind the last step it is that of some old tile, which nobody
       // reads: products of a group are not to be skipped by a branch. Where dS is stored behind the
@@ -159,6 +161,13 @@ struct BwdConsumer {
                       p.score.softmax_scale, lane);
   }
 
+  FA_DEVICE Kinds kinds() const {
+    if constexpr (std::is_same_v<Kinds, ModKinds>) {
+      return mod_kinds(p.score);
+    } else {
+      return {};
+    }
+  }
   FA_DEVICE typename Layout::TileKept smem_k() const { return Layout::smem_k(smem, consumer); }
   FA_DEVICE typename Layout::TileKept smem_v() const { return Layout::smem_v(smem, consumer); }
 
@@ -234,12 +243,13 @@ struct BwdConsumer {
     if constexpr (kScoreMod) {
       const TransposedScoreMod mod{
           ScoreMod::of(p.score, tile.mask, tile.batch, step.head, p.num_heads_q)};
-      mod.score(acc, origin, lane);
+      mod.score(acc, origin, lane, kinds());
       if (border) apply_mask(acc, tile.mask, origin, lane);
       FA_UNROLL
       for (int k = 0; k < kTileM / 16; ++k)
-        modify_weights<T>(score_part(acc, k), mod, {origin.first_key, origin.first_query + 16 * k},
-                          minus_lse.part(k), lane, probs.x[0][k], passed.x[0][k]);
+        modify_weights<T>(score_part(acc, k), mod, kinds(),
+                          {origin.first_key, origin.first_query + 16 * k}, minus_lse.part(k), lane,
+                          probs.x[0][k], passed.x[0][k]);
     } else {
       if (border) apply_mask(acc, tile.mask, origin, lane);
       to_weights(acc, launch.scale_log2, minus_lse);
@@ -280,8 +290,8 @@ struct BwdConsumer {
 // before and dP under P, S of the next step and dV under dS; none is waited for right behind its
 // issue. V is an operand in registers; dP's sums start at -delta.
 template <class T, int kHeadDim>
-struct BwdPipelinedConsumer : BwdConsumer<T, kHeadDim, false> {
-  using Base = BwdConsumer<T, kHeadDim, false>;
+struct BwdPipelinedConsumer : BwdConsumer<T, kHeadDim, NoMods> {
+  using Base = BwdConsumer<T, kHeadDim, NoMods>;
   using Base::consumer, Base::kTileM, Base::lane, Base::launch, Base::p, Base::q, Base::scores,
       Base::smem, Base::smem_k, Base::warp_row;
   using typename Base::Gradient;
@@ -409,11 +419,10 @@ struct BwdPipelinedConsumer : BwdConsumer<T, kHeadDim, false> {
   }
 };
 
-template <class T, int kHeadDim, BwdKind kKind>
+template <class T, int kHeadDim, BwdKind kKind, class Kinds>
 __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kKind == BwdKind::kScoreMod>::kThreads, 1)
     bwd_kernel(const __grid_constant__ BwdParams p, const __grid_constant__ BwdLaunch launch) {
-  constexpr bool kScoreMod = kKind == BwdKind::kScoreMod;
-  using Layout = BwdLayout<T, kHeadDim, kScoreMod>;
+  using Layout = BwdLayout<T, kHeadDim, kKind == BwdKind::kScoreMod>;
   extern __shared__ __align__(1024) char smem[];
   const uint32_t smem_base = ptx::cvta_to_shared(smem);
   if (threadIdx.x == 0) {
@@ -442,7 +451,7 @@ __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kKind == BwdKind::kScor
   } else {
     ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
     using Consumer = std::conditional_t<Layout::kPipelined, BwdPipelinedConsumer<T, kHeadDim>,
-                                        BwdConsumer<T, kHeadDim, kScoreMod>>;
+                                        BwdConsumer<T, kHeadDim, Kinds>>;
     Consumer(p, launch, smem_base, warpgroup - 2).run(bwd_tile(p, launch, blockIdx.x));
   }
 }
@@ -488,7 +497,7 @@ inline cudaError_t encode_bwd_tensor_maps(const BwdParams& p, BwdLaunch& launch)
   return error;
 }
 
-template <class T, int kHeadDim, BwdKind kKind>
+template <class T, int kHeadDim, BwdKind kKind, class Kinds = NoMods>
 int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream) {
   const TileGrid grid{max(1, ceil_div(p.seqlens_k.max_seqlen, kBwdTileN)), p.num_heads_kv,
                       num_sequences};
@@ -521,12 +530,31 @@ int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream
     return launch_bwd_pair_kernel<T, kHeadDim, kKind == BwdKind::kScoreMod>(p, launch, stream);
   } else {
     using Layout = BwdLayout<T, kHeadDim, kKind == BwdKind::kScoreMod>;
-    constexpr auto kKernel = bwd_kernel<T, kHeadDim, kKind>;
+    constexpr auto kKernel = bwd_kernel<T, kHeadDim, kKind, Kinds>;
     error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
     if (error != cudaSuccess) return error;
     kKernel<<<launch.num_tiles, Layout::kThreads, Layout::kSmemBytes, stream>>>(p, launch);
     return cudaGetLastError();
   }
+}
+
+// A kernel for each score modification that comes alone: loops beside each other in one kernel
+// spill at 128, where dropout alone is slower than with the branches.
+template <class T, int kHeadDim>
+int launch_modified_bwd(const BwdParams& p, int num_sequences, cudaStream_t stream) {
+  constexpr BwdKind kKind = BwdKind::kScoreMod;
+  const ModKinds kinds = mod_kinds(p.score);
+  if constexpr (kHeadDim <= 128) {
+    if (kinds.is_softcap())
+      return launch_bwd_kernel<T, kHeadDim, kKind, OnlySoftcap>(p, num_sequences, stream);
+    if (kinds.is_bias())
+      return launch_bwd_kernel<T, kHeadDim, kKind, OnlyAlibi>(p, num_sequences, stream);
+  }
+  if constexpr (kHeadDim < 128) {
+    if (kinds.is_dropout())
+      return launch_bwd_kernel<T, kHeadDim, kKind, OnlyDropout>(p, num_sequences, stream);
+  }
+  return launch_bwd_kernel<T, kHeadDim, kKind, ModKinds>(p, num_sequences, stream);
 }
 
 template <class T, int kHeadDim>
@@ -539,10 +567,9 @@ int launch_bwd(const BwdParams& p, cudaStream_t stream) {
       return launch_bwd_kernel<T, kHeadDim, BwdKind::kCompleteDq>(p, num_sequences, stream);
     return cudaErrorInvalidValue;
   }
-  const int error =
-      has_score_mod(p.score)
-          ? launch_bwd_kernel<T, kHeadDim, BwdKind::kScoreMod>(p, num_sequences, stream)
-          : launch_bwd_kernel<T, kHeadDim, BwdKind::kPlain>(p, num_sequences, stream);
+  const int error = has_score_mod(p.score)
+                        ? launch_modified_bwd<T, kHeadDim>(p, num_sequences, stream)
+                        : launch_bwd_kernel<T, kHeadDim, BwdKind::kPlain>(p, num_sequences, stream);
   return error != cudaSuccess ? error
                               : launch_bwd_postprocess<T, kHeadDim>(p, num_sequences, stream);
 }

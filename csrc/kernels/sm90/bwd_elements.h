@@ -54,12 +54,12 @@ FA_DEVICE void to_weights(AccumTile<1, kN>& acc, float scale_log2,
 
 // P of 16 queries with softcap, ALiBi and dropout. passed, which dS is computed from, is
 // P (1 - tanh^2), with the sign of minus where dropped: it is never negative otherwise.
-template <class T>
+template <class T, class Kinds>
 FA_DEVICE void modify_weights(const AccumTile<1, 2>& scores, const TransposedScoreMod& mod,
-                              TransposedOrigin origin, const BwdStatistic<2>& minus_lse, int lane,
-                              uint32_t (&probs)[4], uint32_t (&passed)[4]) {
+                              Kinds kinds, TransposedOrigin origin,
+                              const BwdStatistic<2>& minus_lse, int lane, uint32_t (&probs)[4],
+                              uint32_t (&passed)[4]) {
   AccumTile<1, 2> weights = scores;
-  const ModKinds kinds = mod.kinds();
   to_weights(weights, mod.unit(kinds), minus_lse);
   const AccumTile<1, 2> others = mod.apply(weights, scores, kinds, origin, lane);
   const AFragments<1, 1> w = as_a_operand<T>(weights), o = as_a_operand<T>(others);
@@ -71,14 +71,14 @@ FA_DEVICE void modify_weights(const AccumTile<1, 2>& scores, const TransposedSco
 }
 
 // dS = P (dP - delta) of 16 queries, in the place of P, or of what modify_weights() passed.
-// drop_factor: of what dropout keeps; 0: no dropout.
-template <class T>
+// drop_factor: of what dropout keeps.
+template <class T, class Kinds>
 FA_DEVICE void to_dscores(uint32_t (&passed)[4], AccumTile<1, 2> dp, const BwdStatistic<2>& deltas,
-                          float drop_factor) {
+                          Kinds kinds, float drop_factor) {
   AFragments<1, 1> probs;
   FA_UNROLL
   for (int i = 0; i < 4; ++i) probs.x[0][0][i] = passed[i];
-  if (drop_factor != 0.f) drop_gradient(dp, probs, drop_factor);
+  if (kinds.dropout) drop_gradient(dp, probs, drop_factor);
   FA_UNROLL
   for (int i = 0; i < 4; ++i) {
     const float2 delta = deltas.pair[i / 2], prob = unpack<T>(probs.x[0][0][i]);
@@ -87,7 +87,7 @@ FA_DEVICE void to_dscores(uint32_t (&passed)[4], AccumTile<1, 2> dp, const BwdSt
   }
 }
 FA_DEVICE float drop_factor(const ScoreParams& score) {
-  return score.keep_threshold < 256 ? 256.f / score.keep_threshold : 0.f;
+  return 256.f / score.keep_threshold;
 }
 
 // Weights of 16 queries times the gradients of these weights.

@@ -210,8 +210,8 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
       uint32_t (&probs)[4] = operand.x[0][k];
       if constexpr (kScoreMod) {
         uint32_t passed[4];
-        modify_weights<T>(part, mod, {origin.first_key, origin.first_query + 16 * k}, minus_lse,
-                          lane, probs, passed);
+        modify_weights<T>(part, mod, mod.kinds(), {origin.first_key, origin.first_query + 16 * k},
+                          minus_lse, lane, probs, passed);
         store_operand(this->handover(smem + Layout::kPassed) + k * kPartBytes, passed);
       } else {
         to_weights(part, launch.scale_log2, minus_lse);
@@ -337,7 +337,7 @@ struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
       }
       to_dscores<T>(x, score_part(acc_dp, k),
                     load_statistic<2>(deltas + k * 16 * sizeof(float), lane),
-                    kScoreMod ? drop_factor(p.score) : 0.f);
+                    kScoreMod ? mod_kinds(p.score) : ModKinds{}, drop_factor(p.score));
       ptx::stmatrix_x4(to ^ (k * 32), x);
     }
     ptx::fence_proxy_async();
@@ -362,12 +362,14 @@ __global__ void __cluster_dims__(2, 1, 1)
     Layout::init_barriers(smem_base);
   }
   __shared__ int tile_index;
-  if (launch.next_tile != nullptr && threadIdx.x == 0 && ptx::cluster_rank() == 0) {
-    const int next = atomicAdd(launch.next_tile, 1);
-    for (int i = 0; i < Layout::kCtas; ++i)
+  const bool deals = launch.next_tile != nullptr && threadIdx.x == 0 && ptx::cluster_rank() == 0;
+  const int next = deals ? atomicAdd(launch.next_tile, 1) : 0;
+  ptx::cluster_sync();  // both CTAs run, and their barriers are initialised
+  if (launch.next_tile != nullptr) {
+    for (int i = 0; deals && i < Layout::kCtas; ++i)
       ptx::st_cluster_s32(ptx::cluster_address(ptx::cvta_to_shared(&tile_index), i), next);
+    ptx::cluster_sync();  // both know their tile
   }
-  ptx::cluster_sync();  // the barriers of both CTAs are initialised
   const int warpgroup = ptx::warpgroup_index(), rank = ptx::cluster_rank();
   const int lane = threadIdx.x % kWarpSize;
   const int index = launch.next_tile != nullptr ? tile_index : blockIdx.x / Layout::kCtas;
