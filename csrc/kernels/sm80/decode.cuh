@@ -40,7 +40,7 @@
 
 namespace fa {
 
-template <class T, int kHeadDim, int kTileM, bool kAppends>
+template <class T, int kHeadDim, int kTileM, bool kMayAppend>
 struct DecodeCta {
   static constexpr int kWarps = kDecodeThreads / kWarpSize;
   static constexpr int kKeyParts = kTileM == kDecodeFewRows ? kWarps : 1;
@@ -88,6 +88,8 @@ struct DecodeCta {
   int page = 0, page_row;  // lanes below 16: where key `lane` of this warp's 16 is; page < 0: it is
                            // new token page_row
 
+  FA_DEVICE bool appends() const { return kMayAppend && p.append.k != nullptr; }
+  FA_DEVICE bool rotates() const { return kMayAppend && p.append.table.rotary_dim > 0; }
   FA_DEVICE const DecodeItem& item() const { return shared.items[index % 3]; }
   FA_DEVICE int group() const { return launch.by_group.divisor(); }
   FA_DEVICE int first_row() const { return item().entry.m_block * kTileM; }
@@ -106,7 +108,7 @@ struct DecodeCta {
     const DecodeItem& from = shared.items[load_index % 3];
     const int key = load_block * kDecodeTileN + warp * kCopyKeys + lane % kCopyKeys;
     const int last_key = min(key, from.entry.k_seq.seqlen - 1);
-    if (kAppends && last_key >= from.appended_at) {
+    if (kMayAppend && last_key >= from.appended_at) {
       page = -1;
       page_row = last_key - from.appended_at;
       return;
@@ -130,7 +132,7 @@ struct DecodeCta {
       load_seqlen = next.entry.k_seq.seqlen;
       load_k = static_cast<const T*>(p.k) + next.head_kv * p.k_strides.head + lane % kLanes * 8;
       load_v = static_cast<const T*>(p.v) + next.head_kv * p.v_strides.head + lane % kLanes * 8;
-      if constexpr (kAppends) {
+      if (appends()) {
         const AppendKvParams& a = p.append;
         const int batch = next.entry.batch;
         const int64_t row = a.cu_seqlens_new == nullptr ? 0 : a.cu_seqlens_new[batch];
@@ -170,7 +172,7 @@ struct DecodeCta {
       const int key_page = __shfl_sync(0xffffffffu, page, row + i * kRowsPerPass);
       const int key_row = __shfl_sync(0xffffffffu, page_row, row + i * kRowsPerPass);
       const T* key = head + key_page * page_stride + key_row * row_stride;
-      if constexpr (kAppends) {
+      if constexpr (kMayAppend) {
         const int64_t new_stride =
             load_values ? p.append.v_strides.token : p.append.k_strides.token;
         if (key_page < 0) key = (load_values ? load_new_v : load_new_k) + key_row * new_stride;
@@ -222,7 +224,7 @@ struct DecodeCta {
   // Unit `unit` is complete, and the one before it is read by all that read it.
   FA_DEVICE void wait_unit(int unit) const {
     ptx::cp_async_wait_group<kUnits - 2>();
-    if (kAppends && unit % 2 == 0) rotate_new_keys(item().begin + unit / 2);
+    if (rotates() && unit % 2 == 0) rotate_new_keys(item().begin + unit / 2);
     if constexpr (kKeyParts == 1) {
       __syncthreads();
     } else {
@@ -315,7 +317,7 @@ struct DecodeCta {
       ptx::cp_async_wait_group<0>();
     }
     __syncthreads();  // Q is complete
-    if (kAppends && p.append.table.rotary_dim > 0) {
+    if (rotates()) {
       rotate_rows(smem_q(), 0, num_rows(), threadIdx.x, kDecodeThreads, [&](int row) {
         const int token = launch.by_group.divide(first_row() + row);
         return rotary_position(item().rotary_base, token, p.same_position);
@@ -553,12 +555,12 @@ struct DecodeCta {
   }
 };
 
-template <class T, int kHeadDim, int kTileM, bool kAppends>
+template <class T, int kHeadDim, int kTileM, bool kMayAppend>
 FA_DEVICE void decode_tiles(const DecodeParams& p, const DecodeLaunch& launch) {
-  using Cta = DecodeCta<T, kHeadDim, kTileM, kAppends>;
+  using Cta = DecodeCta<T, kHeadDim, kTileM, kMayAppend>;
   extern __shared__ __align__(128) char smem[];
   __shared__ DecodeShared shared;
-  if (!find_share<kTileM, kAppends>(p, launch, shared)) return;
+  if (!find_share<kTileM, kMayAppend>(p, launch, shared)) return;
 
   Cta cta{p, launch, shared, smem, ptx::cvta_to_shared(smem)};
   cta.warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
@@ -572,7 +574,7 @@ FA_DEVICE void decode_tiles(const DecodeParams& p, const DecodeLaunch& launch) {
     cta.run(acc_o, softmax, [&] {
       if (threadIdx.x == kDecodeThreads - 1) {
         find_sharers(shared.cursor.split, shared.items[cta.index % 3]);
-        next_item<kTileM, kAppends>(p, launch, shared.cursor, shared.items[(cta.index + 1) % 3]);
+        next_item<kTileM, kMayAppend>(p, launch, shared.cursor, shared.items[(cta.index + 1) % 3]);
       }
     });
     cta.store(acc_o, softmax);
@@ -581,12 +583,12 @@ FA_DEVICE void decode_tiles(const DecodeParams& p, const DecodeLaunch& launch) {
   }
 }
 
-template <class T, int kHeadDim, int kTileM, bool kAppends>
+template <class T, int kHeadDim, int kTileM, bool kMayAppend>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     decode_kernel(const __grid_constant__ DecodeLaunch launch,
                   const __grid_constant__ DecodeParams p) {
-  decode_tiles<T, kHeadDim, kTileM, kAppends>(p, launch);
-  if constexpr (kAppends) {
+  decode_tiles<T, kHeadDim, kTileM, kMayAppend>(p, launch);
+  if constexpr (kMayAppend) {
     // Nobody reads what is written here, so it needs no order. The last CTAs have the least to do.
     for (int tile = gridDim.x - 1 - blockIdx.x; tile < launch.append_tiles.num_tiles;
          tile += gridDim.x)
@@ -595,10 +597,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   }
 }
 
-template <class T, int kHeadDim, int kTileM, bool kAppends>
+template <class T, int kHeadDim, int kTileM, bool kMayAppend>
 int launch_decode_kernel(const DecodeParams& p, const DecodeLaunch& launch, cudaStream_t stream) {
   constexpr int kSmemBytes = decode_smem_bytes(kHeadDim, kTileM);
-  constexpr auto kKernel = decode_kernel<T, kHeadDim, kTileM, kAppends>;
+  constexpr auto kKernel = decode_kernel<T, kHeadDim, kTileM, kMayAppend>;
   const cudaError_t error = allow_dynamic_smem<kKernel>(kSmemBytes);
   if (error != cudaSuccess || p.num_ctas == 0) return error;
   kKernel<<<p.num_ctas, kDecodeThreads, kSmemBytes, stream>>>(launch, p);
@@ -625,12 +627,13 @@ int launch_decode(const DecodeParams& p, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
   }
   const bool few = p.tile_m == kDecodeFewRows;
-  if (p.append.k == nullptr)
-    return few ? launch_decode_kernel<T, kHeadDim, kDecodeFewRows, false>(p, launch, stream)
-               : launch_decode_kernel<T, kHeadDim, kDecodeManyRows, false>(p, launch, stream);
-  launch.append_tiles = append_kv_tiles<kVecSize<T>>(p.append, kDecodeThreads);
-  return few ? launch_decode_kernel<T, kHeadDim, kDecodeFewRows, true>(p, launch, stream)
-             : launch_decode_kernel<T, kHeadDim, kDecodeManyRows, true>(p, launch, stream);
+  const bool appends = p.append.k != nullptr;
+  launch.append_tiles =
+      appends ? append_kv_tiles<kVecSize<T>>(p.append, kDecodeThreads) : AppendKvTiles{};
+  // Few rows are short calls, where every instruction counts: a kernel of their own without append.
+  if (!few) return launch_decode_kernel<T, kHeadDim, kDecodeManyRows, true>(p, launch, stream);
+  return appends ? launch_decode_kernel<T, kHeadDim, kDecodeFewRows, true>(p, launch, stream)
+                 : launch_decode_kernel<T, kHeadDim, kDecodeFewRows, false>(p, launch, stream);
 }
 
 }  // namespace fa

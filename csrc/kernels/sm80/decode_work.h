@@ -109,7 +109,7 @@ struct DecodeShared {
 
 // The item at the cursor: its entry is there and has some of the offset's positions. Moves the
 // cursor behind it.
-template <bool kAppends>
+template <bool kMayAppend>
 FA_DEVICE void take_item(const DecodeParams& p, int positions, DecodeCursor& cursor,
                          DecodeItem& item) {
   const DecodeEntry& entry = item.entry;
@@ -128,7 +128,9 @@ FA_DEVICE void take_item(const DecodeParams& p, int positions, DecodeCursor& cur
   const bool paged = p.page_table != nullptr;
   const int row = p.cache_batch_idx == nullptr ? entry.batch : p.cache_batch_idx[entry.batch];
   item.cache = clamp(row, 0, (paged ? p.page_table_rows : p.num_caches) - 1);
-  if constexpr (kAppends) {
+  if constexpr (kMayAppend) {
+    item.appended_at = entry.k_seq.seqlen;
+    if (p.append.k == nullptr) return;
     const int cache_seqlen = p.append.cache_seqlens[entry.batch];
     item.appended_at = cache_seqlen - entry.k_seq.leftpad;
     item.rotary_base =
@@ -144,7 +146,7 @@ FA_DEVICE void find_sharers(const WorkSplit& split, DecodeItem& item) {
 }
 
 // The next item of this CTA, and the cursor behind it. One thread.
-template <int kTileM, bool kAppends>
+template <int kTileM, bool kMayAppend>
 FA_DEVICE void next_item(const DecodeParams& p, const DecodeLaunch& launch, DecodeCursor& cursor,
                          DecodeItem& item) {
   item.end = -1;
@@ -158,12 +160,12 @@ FA_DEVICE void next_item(const DecodeParams& p, const DecodeLaunch& launch, Deco
     if (cursor.offset < positions * p.num_heads_kv) break;
     cursor.offset -= positions * p.num_heads_kv;
   }
-  take_item<kAppends>(p, positions, cursor, item);
+  take_item<kMayAppend>(p, positions, cursor, item);
 }
 
 // The share of this CTA: counts the positions of all entries, 128 threads side by side; the thread
 // whose entries have the begin of the share finds the first item. false: this CTA has none.
-template <int kTileM, bool kAppends>
+template <int kTileM, bool kMayAppend>
 FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch, DecodeShared& shared) {
   const int m_blocks = launch.by_m_blocks.divisor();
   const int num_entries = (p.batch_size + (p.seqlens_q.cu_seqlens != nullptr)) * m_blocks;
@@ -215,9 +217,9 @@ FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch, Dec
     shared.cursor = {first, begin - before, begin, min(total, begin + split.per_part), split};
     if (per_thread == 1) {
       shared.items[0].entry = entry;
-      take_item<kAppends>(p, positions, shared.cursor, shared.items[0]);
+      take_item<kMayAppend>(p, positions, shared.cursor, shared.items[0]);
     } else {
-      next_item<kTileM, kAppends>(p, launch, shared.cursor, shared.items[0]);
+      next_item<kTileM, kMayAppend>(p, launch, shared.cursor, shared.items[0]);
     }
   }
   __syncthreads();  // the first item is there
