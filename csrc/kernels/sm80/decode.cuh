@@ -82,7 +82,7 @@ struct DecodeCta {
   bool load_values = false;  // of the block, else its keys
   int load_slot = 0;
   int num_ahead = 0;                 // units that are copied and not yet computed
-  const T *load_k, *load_v;          // of load_index's KV head: this lane's first chunk of token 0
+  const T *load_k, *load_v;          // token 0 of load_index's KV head
   const T *load_new_k, *load_new_v;  // the same among the new tokens
   int load_seqlen;
   int page = 0, page_row;  // lanes below 16: where key `lane` of this warp's 16 is; page < 0: it is
@@ -130,17 +130,15 @@ struct DecodeCta {
       load_block = next.begin;
       load_end = next.end;
       load_seqlen = next.entry.k_seq.seqlen;
-      load_k = static_cast<const T*>(p.k) + next.head_kv * p.k_strides.head + lane % kLanes * 8;
-      load_v = static_cast<const T*>(p.v) + next.head_kv * p.v_strides.head + lane % kLanes * 8;
+      load_k = static_cast<const T*>(p.k) + next.head_kv * p.k_strides.head;
+      load_v = static_cast<const T*>(p.v) + next.head_kv * p.v_strides.head;
       if (appends()) {
         const AppendKvParams& a = p.append;
         const int batch = next.entry.batch;
         const int64_t row = a.cu_seqlens_new == nullptr ? 0 : a.cu_seqlens_new[batch];
         const auto head_of_new = [&](const void* x, const Strides& strides) {
-          return static_cast<const T*>(x) +
-                 element_offset(strides.batch, strides.token, strides.head, batch, row,
-                                next.head_kv) +
-                 lane % kLanes * 8;
+          return static_cast<const T*>(x) + element_offset(strides.batch, strides.token,
+                                                           strides.head, batch, row, next.head_kv);
         };
         load_new_k = head_of_new(a.k, a.k_strides);
         load_new_v = head_of_new(a.v, a.v_strides);
@@ -157,26 +155,32 @@ struct DecodeCta {
     ptx::cp_async_commit_group();
   }
 
+  // Where key `lane` of this warp's 16 is, or its value; lanes below 16.
+  FA_DEVICE const T* key_of_lane() const {
+    const Strides& strides = load_values ? p.v_strides : p.k_strides;
+    const T* key =
+        (load_values ? load_v : load_k) + page * strides.batch + page_row * strides.token;
+    if constexpr (kMayAppend) {
+      const int64_t new_stride = load_values ? p.append.v_strides.token : p.append.k_strides.token;
+      if (page < 0) key = (load_values ? load_new_v : load_new_k) + page_row * new_stride;
+    }
+    return key;
+  }
+
   FA_DEVICE void copy_unit() const {
     const Unit unit{smem + load_slot * Unit::kBytes};
     // The addresses shall not be kept in registers through the loop.
     const int thread = ptx::opaque(lane);
     const int row = thread / kLanes, chunk = thread % kLanes;
     const int keys_left = load_seqlen - (load_block * kDecodeTileN + warp * kCopyKeys + row);
-    const Strides& strides = load_values ? p.v_strides : p.k_strides;
     const int num_chunks = (load_values ? p.head_dim_v : p.head_dim) / 8 - chunk;
-    const T* head = load_values ? load_v : load_k;
-    const int64_t page_stride = strides.batch, row_stride = strides.token;
+    const T* own_key = key_of_lane();
     FA_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const int key_page = __shfl_sync(0xffffffffu, page, row + i * kRowsPerPass);
-      const int key_row = __shfl_sync(0xffffffffu, page_row, row + i * kRowsPerPass);
-      const T* key = head + key_page * page_stride + key_row * row_stride;
-      if constexpr (kMayAppend) {
-        const int64_t new_stride =
-            load_values ? p.append.v_strides.token : p.append.k_strides.token;
-        if (key_page < 0) key = (load_values ? load_new_v : load_new_k) + key_row * new_stride;
-      }
+      const T* key =
+          reinterpret_cast<const T*>(__shfl_sync(
+              0xffffffffu, reinterpret_cast<unsigned long long>(own_key), row + i * kRowsPerPass)) +
+          chunk * 8;
       const uint32_t to = unit.chunk_address(warp * kCopyKeys + row + i * kRowsPerPass, chunk);
       FA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
