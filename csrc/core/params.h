@@ -16,7 +16,7 @@ namespace fa {
 
 // Raised with every change of a struct below or of core/backend.h: a library built from other
 // sources is refused instead of being called with the wrong layout.
-constexpr uint32_t kKernelAbiVersion = 7;
+constexpr uint32_t kKernelAbiVersion = 8;
 
 // Strides of a [batch, token, head, dim] tensor, elements. Varlen ([total, head, dim]): batch == 0.
 struct Strides {
@@ -283,7 +283,8 @@ struct DecodeParams {
   int num_caches;            // size of the caches' first dimension: caches, or pages when paged
   int page_size;             // tokens of a page; 0: not paged
   int page_table_rows;
-  int tile_m;      // kDecodeFewRows or kDecodeManyRows
+  int tile_m;      // kDecodeFewRows, kDecodeManyRows, or SM90's kDecodeWgmmaRows
+  int tile_n;      // keys of a block
   int num_ctas;    // of the launch, for which `partial` has room
   int num_splits;  // 0: keys are shared out evenly; 1: no tile is split; n: into n parts at most
   DType dtype;

@@ -107,10 +107,64 @@ CASES = {
     "new_keys_before_the_window": CacheCase(
         seqlens_new=(150, 150, 150), slots=500, rotary="halves", window=(20, 0)
     ),
+    # SM90: many rows with wgmma, in few tiles and in many, and few rows of a long cache.
+    "few_tiles": CacheCase(
+        heads=(16, 2), head_dims=(128, 128), seqlens_q=(9, 9, 9), window=(-1, 0)
+    ),
+    "few_tiles_packed_window": CacheCase(
+        heads=(28, 4), head_dims=(128, 96), seqlens_q=(15, 0, 7), packed_q=True, window=(60, 0)
+    ),
+    "many_tiles": CacheCase(
+        heads=(32, 8), head_dims=(128, 128), seqlens_q=(99, 99, 99), slots=400, window=(-1, 0)
+    ),
+    "many_tiles_paged": CacheCase(
+        cache_seqlens=(700, 0, 70),
+        slots=704,
+        heads=(32, 16),
+        head_dims=(96, 128),
+        seqlens_q=(80, 3, 5),
+        packed_q=True,
+        page_size=32,
+        batch_idx=(4, 1, 0),
+        window=(-1, 0),
+    ),
+    "prompts": CacheCase(
+        cache_seqlens=(200, 40, 233),
+        slots=256,
+        heads=(32, 4),
+        seqlens_q=(200, 40, 233),
+        packed_q=True,
+        page_size=64,
+        window=(-1, 0),
+    ),
+    "many_rows_appended": CacheCase(
+        heads=(16, 2),
+        head_dims=(128, 128),
+        seqlens_q=(9, 9, 9),
+        seqlens_new=(9, 9, 9),
+        page_size=16,
+        rotary="halves",
+        window=(-1, 0),
+    ),
+    "many_rows_leftpad": CacheCase(
+        heads=(16, 2), leftpad=(64, 0, 129), seqlens_q=(20, 20, 20), window=(-1, 0)
+    ),
+    "many_rows_leftpad_paged": CacheCase(
+        heads=(16, 2), leftpad=(64, 0, 129), seqlens_q=(20, 20, 20), page_size=64
+    ),
+    **{
+        f"many_rows_pages_of_{n}": CacheCase(
+            heads=(16, 2), head_dims=(128, 128), seqlens_q=(9, 9, 9), page_size=n
+        )
+        for n in (8, 64, 128, 192, 256)
+    },
+    "16_rows_long": CacheCase(
+        cache_seqlens=(4500, 0, 1), slots=4544, heads=(16, 1), head_dims=(128, 128), page_size=64
+    ),
     # Enough queries for the forward kernel of SM90.
-    "prefill": CacheCase(heads=(16, 4), seqlens_q=(200, 200, 200), slots=400, window=(-1, 0)),
+    "prefill": CacheCase(heads=(36, 4), seqlens_q=(200, 200, 200), slots=400, window=(-1, 0)),
     "prefill_appended": CacheCase(
-        heads=(16, 4),
+        heads=(36, 4),
         seqlens_q=(200, 200, 200),
         seqlens_new=(200, 200, 200),
         slots=555,
@@ -249,6 +303,14 @@ def test_the_plan_is_a_kernel(kernels: str) -> None:
     assert kernels == "native" or step.kernel == "sm80_decode_hdim64_bf16"
 
 
+def test_the_plan_of_many_rows_is_wgmma(kernels: str) -> None:
+    q = torch.empty(3, 9, 16, 128, dtype=BF16, device=DEVICE)
+    cache = torch.empty(3, 333, 2, 128, dtype=BF16, device=DEVICE)
+    step = plans.explain(q, cache, cache, form="kvcache").attention
+    is_sm90 = kernels == "native" and torch.cuda.get_device_capability()[0] == 9
+    assert step.tile == ((128, 64) if is_sm90 else (64, 64))
+
+
 def test_what_no_kernel_takes_is_an_error() -> None:
     """The guard of this file: without it the tiled backend could pass all tests."""
     q = torch.empty(2, 1, 4, 63, dtype=BF16, device=DEVICE)
@@ -264,7 +326,10 @@ def test_cases(case: CacheCase, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 7])
-@pytest.mark.parametrize("name", ["long", "many_queries_causal", "pages_of_16", "packed_q"])
+@pytest.mark.parametrize(
+    "name",
+    ["long", "many_queries_causal", "pages_of_16", "packed_q", "few_tiles", "many_tiles_paged"],
+)
 def test_splits(name: str, num_splits: int) -> None:
     check(CacheCase(**{**CASES[name].__dict__, "num_splits": num_splits}), BF16)
 
@@ -308,6 +373,25 @@ def test_cache_with_strides() -> None:
     q = torch.randn(2, 1, 4, 64, dtype=BF16, device=DEVICE)
     out = fa.flash_attn_with_kvcache(q, k, v)
     assert torch.equal(out, fa.flash_attn_with_kvcache(q, k.contiguous(), v.contiguous()))
+
+
+def test_cache_of_one_memory() -> None:
+    """All sequences read one cache: a stride of 0."""
+    k, v = (torch.randn(1, 200, 2, 64, dtype=BF16, device=DEVICE) for _ in range(2))
+    q = torch.randn(3, 9, 16, 64, dtype=BF16, device=DEVICE)
+    out = fa.flash_attn_with_kvcache(q, k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1))
+    apart = fa.flash_attn_with_kvcache(q, k.repeat(3, 1, 1, 1), v.repeat(3, 1, 1, 1))
+    assert_equals(out.float(), apart.float(), 1e-2, "out")
+
+
+def test_no_page_at_all() -> None:
+    pool = torch.empty(0, 16, 2, 64, dtype=BF16, device=DEVICE)
+    q = torch.randn(3, 9, 16, 64, dtype=BF16, device=DEVICE)
+    table = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
+    out = fa.flash_attn_with_kvcache(
+        q, pool, pool, cache_seqlens=_tensor((0, 0, 0)), page_table=table
+    )
+    assert not out.any()
 
 
 @DTYPES
@@ -398,8 +482,9 @@ def test_debug_mode_names_the_sequence(
     assert (caches == 0).all()
 
 
-def test_results_repeat() -> None:
-    call = on_device(CASES["long"], build(CASES["long"], BF16))
+@pytest.mark.parametrize("name", ["long", "few_tiles", "many_tiles_paged", "prompts"])
+def test_results_repeat(name: str) -> None:
+    call = on_device(CASES[name], build(CASES[name], BF16))
     first = fa.flash_attn_with_kvcache(**call)
     for _ in range(20):
         again = fa.flash_attn_with_kvcache(**call)

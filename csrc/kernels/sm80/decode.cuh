@@ -27,6 +27,7 @@
 #include "core/rotary.h"
 #include "core/tile_config.h"
 #include "kernels/launch.h"
+#include "kernels/sm80/decode_output.h"
 #include "kernels/sm80/decode_rows.h"
 #include "kernels/sm80/decode_work.h"
 #include "kernels/tile_counter.h"
@@ -39,6 +40,11 @@
 #include "tile/vec.h"
 
 namespace fa {
+
+// Counts the finished parts of a tile, for the CTA that has its first: zero before and after every
+// launch. A row for each launch that may run at the same time.
+constexpr int kNumDecodeCounters = 1 << 13;
+static __device__ int decode_counters[kNumDecodeCounters][kDecodeMaxCtas];
 
 template <class T, int kHeadDim, int kTileM, bool kMayAppend>
 struct DecodeCta {
@@ -53,9 +59,9 @@ struct DecodeCta {
   static constexpr int kResultsBegin = kRunsAhead ? kRingBytes : 0;  // bytes
   static constexpr int kResultWords = decode_result_words(kHeadDim);
   static constexpr int kColumnGroups = kHeadDim / 4;  // of 4 columns, in a row of results
-  static constexpr int kLaneGroups = decode_lane_groups(kHeadDim);
-  static constexpr int kMergeLoads = kHeadDim > 128 ? 8 : 16;
   static constexpr bool kQInRegs = kRunsAhead;
+  using Shape = DecodeShape<kTileM, kDecodeTileN, kDecodeThreads, kMayAppend>;
+  using Output = DecodeOutput<T, kHeadDim, kTileM, kWarps>;
   using Unit = SmemTile<kDecodeTileN, kHeadDim>;
   using TileQ = SmemTile<kTileM, kHeadDim>;
   // A lane copies kChunks chunks of kRows keys of its warp's 16.
@@ -67,7 +73,7 @@ struct DecodeCta {
 
   const DecodeParams& p;
   const DecodeLaunch& launch;
-  DecodeShared& shared;
+  DecodeShared<kDecodeThreads>& shared;
   char* smem_begin;
   uint32_t smem;
   int warp, lane;
@@ -404,35 +410,6 @@ struct DecodeCta {
     softmax.finish();
   }
 
-  // Columns [col, col + 4) of a row of the tile go to out, and with column 0 its lse.
-  FA_DEVICE void store_row(int row, int col, const MergedRow& merged) const {
-    const DecodeEntry& entry = item().entry;
-    const auto [token, in_group] = divide(first_row() + row, launch.by_group);
-    const int head = item().head_kv * group() + in_group;
-    const bool exists = token < entry.q_seq.seqlen && merged.sum != 0.f;
-    const float scale = ptx::rcp_approx_ftz(merged.sum);
-    uint2 values = {0u, 0u};
-    if (exists) {
-      values.x = pack<T>(merged.acc.x * scale, merged.acc.y * scale);
-      values.y = pack<T>(merged.acc.z * scale, merged.acc.w * scale);
-    }
-    if (col < p.head_dim_v)
-      ptx::st_global_v2(
-          static_cast<T*>(p.out) +
-              element_offset(p.out_strides.batch, p.out_strides.token, p.out_strides.head,
-                             entry.batch, entry.q_seq.first_row + token, head) +
-              col,
-          values);
-    if (col == 0) {
-      const int64_t at =
-          p.seqlens_q.cu_seqlens != nullptr
-              ? static_cast<int64_t>(head) * p.total_q + entry.q_seq.first_row
-              : (static_cast<int64_t>(entry.batch) * p.num_heads_q + head) * p.seqlens_q.max_seqlen;
-      p.lse[at + token] =
-          exists ? (merged.max + ptx::lg2_approx_ftz(merged.sum)) * kLn2 : -INFINITY;
-    }
-  }
-
   // Calls visit(row, col) for the first columns of the groups of rows [begin, end) of results.
   template <class Visit>
   static FA_DEVICE void for_each_group(int begin, int end, Visit visit) {
@@ -441,21 +418,19 @@ struct DecodeCta {
       visit(i / kColumnGroups, i % kColumnGroups * 4);
   }
 
-  // The result of CTA `cta` for a tile: the one that it has the begin of, or another. Those of a
-  // tile follow each other but for the first.
-  FA_DEVICE float* partial(int cta, bool is_first) const {
-    const int64_t at = cta + (is_first ? gridDim.x : 0);
-    return p.partial + at * (kTileM * kResultWords);
+  FA_DEVICE int* counters() const {
+    return launch.counter_row != kNoTileCounter
+               ? decode_counters[launch.counter_row]
+               : reinterpret_cast<int*>(p.partial) +
+                     decode_partial_words(gridDim.x, kTileM, kHeadDim);
   }
 
   // Merges the results of the warps; they go to out, or wait for those of the other CTAs.
   FA_DEVICE void store(const AccumTile<1, kD>& acc_o, const RowSoftmax<T>& softmax) {
     // Q, or the ring, is read by all: their place becomes that of the results.
     __syncthreads();
-    const DecodeEntry& entry = item().entry;
-    // Rows of the tile that exist; rows that belong to no sequence are all in one, without a key.
-    const int stored = entry.q_seq.stored * group() - first_row();
-    const int rows = entry.batch < p.batch_size ? min(kTileM, stored) : stored;
+    const Output output{p, launch};
+    const int rows = output.stored_rows(item());
     FA_UNROLL
     for (int r = 0; r < 2; ++r) {
       if (kKeyParts > 1 && 8 * r >= rows) break;
@@ -486,76 +461,18 @@ struct DecodeCta {
         merged.sum += weight * statistics.y;
         merged.add(*reinterpret_cast<const float4*>(from + col), weight);
       }
-      if (whole) return store_row(row, col, merged);
-      float* to = partial(blockIdx.x, static_cast<int>(blockIdx.x) == item().first_cta) +
-                  row * kResultWords;
+      if (whole) return output.store_row(item(), row, col, merged);
+      float* to = output.own_partial(item()) + row * kResultWords;
       *reinterpret_cast<float4*>(to + col) = merged.acc;
       // The whole sector of 32 bytes: L2 would read the rest of it from memory when it is read.
       if (col < 8)
         *reinterpret_cast<float4*>(to + kHeadDim + col) = {merged.max, merged.sum, 0.f, 0.f};
     });
-    if (!whole) merge_parts(rows);
-  }
-
-  FA_DEVICE int* counters() const {
-    return launch.counter_row != kNoTileCounter
-               ? decode_counters[launch.counter_row]
-               : reinterpret_cast<int*>(p.partial) +
-                     decode_partial_words(gridDim.x, kTileM, kHeadDim);
-  }
-
-  // The last CTA of those that share the tile merges their results.
-  FA_DEVICE void merge_parts(int rows) {
-    const int first = item().first_cta, num_parts = item().last_cta - first + 1;
+    if (whole) return;
     __syncthreads();  // the partial result of this CTA is written
-    if (threadIdx.x == 0) {
-      // It is visible to who counts after this, and what the others wrote before they counted is
-      // visible to this CTA.
-      shared.is_last = ptx::atom_add_acq_rel_gpu_s32(counters() + first, 1) == num_parts - 1;
-      if (shared.is_last) counters()[first] = 0;
-    }
+    if (threadIdx.x == 0) shared.is_last = output.count_part(item(), counters());
     __syncthreads();  // is_last is set
-    if (!shared.is_last) return;
-    // kMergeLoads loads of each lane are under way at a time.
-    constexpr int kParts = kMergeLoads / kLaneGroups;
-    if (rows > kWarps && num_parts <= kParts / 2) {
-      merge_rows<2, kParts / 2>(rows, first, num_parts);
-    } else {
-      merge_rows<1, kParts>(rows, first, num_parts);
-    }
-  }
-
-  // Merges parts of the tile that begins in CTA `first`, kNumParts of kNumRows rows of a warp at a
-  // time.
-  template <int kNumRows, int kNumParts>
-  FA_DEVICE void merge_rows(int rows, int first, int num_parts) const {
-    using Parts = PartsOfRow<kHeadDim, kNumParts>;
-    constexpr int kStride = kTileM * kResultWords;
-#pragma unroll 1
-    for (int begin = warp; begin < rows; begin += kNumRows * kWarps) {
-      MergedRow merged[kNumRows][kLaneGroups];
-#pragma unroll 1
-      for (int part = 0; part < num_parts; part += kNumParts) {
-        Parts parts[kNumRows];
-        FA_UNROLL
-        for (int r = 0; r < kNumRows; ++r) {
-          const int row = begin + r * kWarps;
-          const float* from = partial(first + part, false) + row * kResultWords;
-          parts[r].load(part == 0 ? partial(first, true) + row * kResultWords : from, from, kStride,
-                        row < rows ? num_parts - part : 0, lane);
-        }
-        FA_UNROLL
-        for (int r = 0; r < kNumRows; ++r) parts[r].add_to(merged[r]);
-      }
-      FA_UNROLL
-      for (int r = 0; r < kNumRows; ++r) {
-        FA_UNROLL
-        for (int g = 0; g < kLaneGroups; ++g) {
-          const int row = begin + r * kWarps, group = lane + g * kWarpSize;
-          if (row < rows && group < kColumnGroups) store_row(row, 4 * group, merged[r][g]);
-        }
-      }
-    }
+    if (shared.is_last) output.merge_parts(item(), {0, rows}, warp, lane);
   }
 };
 
@@ -563,8 +480,8 @@ template <class T, int kHeadDim, int kTileM, bool kMayAppend>
 FA_DEVICE void decode_tiles(const DecodeParams& p, const DecodeLaunch& launch) {
   using Cta = DecodeCta<T, kHeadDim, kTileM, kMayAppend>;
   extern __shared__ __align__(128) char smem[];
-  __shared__ DecodeShared shared;
-  if (!find_share<kTileM, kMayAppend>(p, launch, shared)) return;
+  __shared__ DecodeShared<kDecodeThreads> shared;
+  if (!find_share<typename Cta::Shape>(p, launch, shared)) return;
 
   Cta cta{p, launch, shared, smem, ptx::cvta_to_shared(smem)};
   cta.warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
@@ -578,7 +495,7 @@ FA_DEVICE void decode_tiles(const DecodeParams& p, const DecodeLaunch& launch) {
     cta.run(acc_o, softmax, [&] {
       if (threadIdx.x == kDecodeThreads - 1) {
         find_sharers(shared.cursor.split, shared.items[cta.index % 3]);
-        next_item<kTileM, kMayAppend>(p, launch, shared.cursor, shared.items[(cta.index + 1) % 3]);
+        next_item<typename Cta::Shape>(p, launch, shared.cursor, shared.items[(cta.index + 1) % 3]);
       }
     });
     cta.store(acc_o, softmax);
@@ -613,15 +530,7 @@ int launch_decode_kernel(const DecodeParams& p, const DecodeLaunch& launch, cuda
 
 template <class T, int kHeadDim>
 int launch_decode(const DecodeParams& p, cudaStream_t stream) {
-  const int group = p.num_heads_q / p.num_heads_kv;
-  const bool capped = p.score.softcap != 0.f;
-  DecodeLaunch launch;
-  launch.by_group = FastDiv(group);
-  launch.by_m_blocks = FastDiv(max(1, packed_m_blocks(p.seqlens_q.max_seqlen, group, p.tile_m)));
-  launch.by_page = FastDiv(max(1, p.page_size));
-  launch.scale = capped ? p.score.softmax_scale / p.score.softcap : p.score.softmax_scale * kLog2e;
-  launch.softcap_scale = p.score.softcap * kLog2e;
-  launch.counter_row = kNoTileCounter;
+  DecodeLaunch launch = decode_launch(p);
   if (p.num_splits != 1) {
     cudaError_t error = tile_counter(stream, launch.counter_row);
     if (launch.counter_row >= kNumDecodeCounters) launch.counter_row = kNoTileCounter;
@@ -630,12 +539,12 @@ int launch_decode(const DecodeParams& p, cudaStream_t stream) {
                               p.num_ctas * sizeof(int), stream);
     if (error != cudaSuccess) return error;
   }
-  const bool few = p.tile_m == kDecodeFewRows;
   const bool appends = p.append.k != nullptr;
   launch.append_tiles =
       appends ? append_kv_tiles<kVecSize<T>>(p.append, kDecodeThreads) : AppendKvTiles{};
   // Few rows are short calls, where every instruction counts: a kernel of their own without append.
-  if (!few) return launch_decode_kernel<T, kHeadDim, kDecodeManyRows, true>(p, launch, stream);
+  if (p.tile_m != kDecodeFewRows)
+    return launch_decode_kernel<T, kHeadDim, kDecodeManyRows, true>(p, launch, stream);
   return appends ? launch_decode_kernel<T, kHeadDim, kDecodeFewRows, true>(p, launch, stream)
                  : launch_decode_kernel<T, kHeadDim, kDecodeFewRows, false>(p, launch, stream);
 }
