@@ -101,6 +101,16 @@ def _alignment(tensors: Iterable[Any]) -> int:
     return alignment
 
 
+def _is_broadcast(tensors: Iterable[Any]) -> bool:
+    """Whether entries of a dimension of a tensor are the same memory."""
+    return any(
+        size > 1 and stride == 0
+        for x in tensors
+        if isinstance(x, Tensor)
+        for size, stride in zip(x.shape, x.stride(), strict=True)
+    )
+
+
 def _form(args: tuple[Any, ...], options: dict[str, Any]) -> str:
     """Which of the three functions takes these arguments."""
     if _CACHE_OPTIONS & options.keys():
@@ -177,6 +187,9 @@ def _attention_problem(form: str, call: dict[str, Any], dtype: str) -> Problem:
         "dtype": dtype,
         **_query_sizes(q, call),
         **keys,
+        "leftpad": call.get("cache_leftpad") is not None,
+        "appends": form == "kvcache" and call["k"] is not None,
+        "broadcast": decode and _is_broadcast((k, v)),
         "window_left": window_left,
         "window_right": window_right,
         "softcap": call["softcap"] != 0,

@@ -107,10 +107,64 @@ CASES = {
     "new_keys_before_the_window": CacheCase(
         seqlens_new=(150, 150, 150), slots=500, rotary="halves", window=(20, 0)
     ),
+    # SM90: many rows with wgmma, in few tiles and in many, and few rows of a long cache.
+    "few_tiles": CacheCase(
+        heads=(16, 2), head_dims=(128, 128), seqlens_q=(9, 9, 9), window=(-1, 0)
+    ),
+    "few_tiles_packed_window": CacheCase(
+        heads=(28, 4), head_dims=(128, 96), seqlens_q=(15, 0, 7), packed_q=True, window=(60, 0)
+    ),
+    "many_tiles": CacheCase(
+        heads=(32, 8), head_dims=(128, 128), seqlens_q=(99, 99, 99), slots=400, window=(-1, 0)
+    ),
+    "many_tiles_paged": CacheCase(
+        cache_seqlens=(700, 0, 70),
+        slots=704,
+        heads=(32, 16),
+        head_dims=(96, 128),
+        seqlens_q=(80, 3, 5),
+        packed_q=True,
+        page_size=32,
+        batch_idx=(4, 1, 0),
+        window=(-1, 0),
+    ),
+    "prompts": CacheCase(
+        cache_seqlens=(200, 40, 233),
+        slots=256,
+        heads=(32, 4),
+        seqlens_q=(200, 40, 233),
+        packed_q=True,
+        page_size=64,
+        window=(-1, 0),
+    ),
+    "many_rows_appended": CacheCase(
+        heads=(16, 2),
+        head_dims=(128, 128),
+        seqlens_q=(9, 9, 9),
+        seqlens_new=(9, 9, 9),
+        page_size=16,
+        rotary="halves",
+        window=(-1, 0),
+    ),
+    "many_rows_leftpad": CacheCase(
+        heads=(16, 2), leftpad=(64, 0, 129), seqlens_q=(20, 20, 20), window=(-1, 0)
+    ),
+    "many_rows_leftpad_paged": CacheCase(
+        heads=(16, 2), leftpad=(64, 0, 129), seqlens_q=(20, 20, 20), page_size=64
+    ),
+    **{
+        f"many_rows_pages_of_{n}": CacheCase(
+            heads=(16, 2), head_dims=(128, 128), seqlens_q=(9, 9, 9), page_size=n
+        )
+        for n in (8, 64, 128, 192, 256)
+    },
+    "16_rows_long": CacheCase(
+        cache_seqlens=(4500, 0, 1), slots=4544, heads=(16, 1), head_dims=(128, 128), page_size=64
+    ),
     # Enough queries for the forward kernel of SM90.
-    "prefill": CacheCase(heads=(16, 4), seqlens_q=(200, 200, 200), slots=400, window=(-1, 0)),
+    "prefill": CacheCase(heads=(36, 4), seqlens_q=(200, 200, 200), slots=400, window=(-1, 0)),
     "prefill_appended": CacheCase(
-        heads=(16, 4),
+        heads=(36, 4),
         seqlens_q=(200, 200, 200),
         seqlens_new=(200, 200, 200),
         slots=555,

@@ -17,6 +17,7 @@ struct DecodeArgs {
   std::optional<int64_t> max_seqlen_k;  // varlen: no length is larger
   ScoreArgs scores;
   int64_t num_splits = 0, sm_margin = 0;
+  bool appends = false;  // keys come with the call
 
   bool varlen() const { return cu_seqlens_q != nullptr; }
   int device_index() const { return q.get_device_index(); }
@@ -70,9 +71,13 @@ inline Problem decode_problem(const DecodeArgs& a) {
   p.page_size = a.page_table == nullptr ? 0 : to_int("page_size", a.k_cache.size(1));
   p.window_left = static_cast<int>(clamp<int64_t>(a.scores.window_left, kUnbounded, kMaxWindow));
   p.window_right = static_cast<int>(clamp<int64_t>(a.scores.window_right, kUnbounded, kMaxWindow));
+  p.leftpad = a.cache_leftpad != nullptr;
+  p.appends = a.appends;
+  p.broadcast = is_broadcast(a.k_cache) || is_broadcast(a.v_cache);
   p.softcap = a.scores.softcap != 0.;
   p.alibi = a.scores.alibi_slopes.has_value();
   p.dropout = keep_threshold(a.scores.dropout_p) < 256;
+  p.positive_scale = static_cast<float>(a.scores.softmax_scale.value_or(1.)) > 0.f;
   p.num_splits = to_int("num_splits", a.num_splits);
   const auto is_readable = [](const Tensor& cache) {
     return rows_aligned(cache, kRowBytes) && (cache.stride(3) == 1 || cache.size(3) == 1);
@@ -157,11 +162,13 @@ inline Tensor launch_decode(const DecodeKernel& kernel, const DecodeArgs& a, con
   p.num_caches = to_int("caches", a.k_cache.size(0));
   p.page_size = problem.page_size;
   p.tile_m = plan.tile_m;
+  p.tile_n = plan.tile_n;
   p.num_splits = problem.num_splits;
   p.num_ctas = static_cast<int>(plan.num_ctas);
   if (a.sm_margin > 0) {
     const int64_t sms = device_facts(a.device_index()).num_sms - a.sm_margin;
-    p.num_ctas = static_cast<int>(min(plan.num_ctas, kDecodeCtasPerSm * max<int64_t>(sms, 1)));
+    const int64_t resident = decode_ctas_per_sm(plan.tile_m) * max<int64_t>(sms, 1);
+    p.num_ctas = static_cast<int>(min(plan.num_ctas, resident));
   }
   p.dtype = problem.dtype;
   Tensor workspace = new_tensor(a.q, {plan.workspace_bytes / 4}, ScalarType::Float);

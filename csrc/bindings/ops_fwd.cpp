@@ -225,7 +225,7 @@ FwdArgs prefill_args(const DecodeArgs& a, const Tensor& q) {
 
 }  // namespace
 
-bool is_prefill(const DecodeArgs& a, const AppendedKeys& appended) {
+bool is_prefill(const DecodeArgs& a, const DecodeKernel& decode, const AppendedKeys& appended) {
   constexpr int64_t kSmallestTile =
       128;  // rows; decode of a few queries needs no plan of a forward
   if (!a.varlen() && 2 * a.q.size(1) <= kSmallestTile) return false;
@@ -237,12 +237,15 @@ bool is_prefill(const DecodeArgs& a, const AppendedKeys& appended) {
     return false;
   const FwdKernel kernel = plan_fwd(prefill_args(a, a.q));
   if (!kernel || kernel.planned.backend->arch != 90) return false;
-  // It gives every query head tiles of its own: more than half full, and for half of the SMs.
+  // It gives every query head tiles of its own: more than half full, and for half of the SMs; for
+  // most of them where decode has wgmma too.
   const Problem& problem = kernel.problem;
   const int tile_m = kernel.planned.plan.tile_m;
   const int64_t tiles =
       int64_t{problem.batch_size} * problem.num_heads_q * ceil_div(problem.seqlen_q, tile_m);
-  return 2 * problem.seqlen_q > tile_m && 2 * tiles >= device_facts(a.device_index()).num_sms;
+  const int64_t percent = decode.planned.plan.tile_m == kDecodeWgmmaRows ? 80 : 50;
+  return 2 * problem.seqlen_q > tile_m &&
+         100 * tiles >= percent * device_facts(a.device_index()).num_sms;
 }
 
 std::tuple<Tensor, Tensor> prefill(const DecodeArgs& a, const AppendedKeys& appended) {

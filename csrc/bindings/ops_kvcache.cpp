@@ -182,7 +182,7 @@ OutLse kvcache_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
                               max_seqlen_q, alibi_slopes, softmax_scale, window_left, window_right,
                               softcap, num_splits, sm_margin);
   }
-  if (is_prefill(args, {})) return prefill(args, {});
+  if (is_prefill(args, kernel, {})) return prefill(args, {});
   Tensor out = new_decode_out(args);
   Tensor lse = launch_decode(kernel, args, out);
   return {out, lse};
@@ -202,9 +202,10 @@ OutLse kvcache_append_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& 
   FA_CHECK(cache_seqlens.has_value(), "cache_seqlens: got None, expected [batch] with k");
   const OptionalTensor none;
   const ScoreArgs scores{alibi_slopes, none, softmax_scale, window_left, window_right, softcap, 0.};
-  const DecodeArgs args =
+  DecodeArgs args =
       kvcache_args(q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
                    cu_seqlens_q, max_seqlen_q, scores, num_splits, sm_margin);
+  args.appends = true;
   const DecodeKernel kernel = plan_decode(args);
   if (!kernel) {
     return call_tiled<OutLse>("flash_attn_ext::kvcache_append_fwd", q, k_cache, v_cache, k, v,
@@ -227,10 +228,11 @@ OutLse kvcache_append_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& 
   } else {
     appended.seqlen_new = to_int("seqlen", k.size(1));
   }
-  // The launch of decode does it all where it can copy new keys 16 bytes at a time.
+  // The launch of decode does it all where it can copy new keys 16 bytes at a time; wgmma's cannot.
   std::optional<Tensor> rotated;
-  const bool is_decode = !is_prefill(args, appended);
-  if (is_decode && append_kernel.backend && append_kernel.plan.vectorized &&
+  const bool is_decode = !is_prefill(args, kernel, appended);
+  const bool can_append = is_decode && kernel.planned.plan.tile_m != kDecodeWgmmaRows;
+  if (can_append && append_kernel.backend && append_kernel.plan.vectorized &&
       decode_launches(kernel) && k.numel() > 0) {
     appended.by_decode = append_kv_params(append_kernel, append, sizes);
   } else {

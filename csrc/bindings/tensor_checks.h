@@ -95,4 +95,12 @@ inline bool rows_aligned(const Tensor& t, int64_t bytes) {
   return true;
 }
 
+// Whether entries of a dimension are the same memory.
+inline bool is_broadcast(const Tensor& t) {
+  const auto size = t.sizes(), stride = t.strides();
+  for (size_t i = 0; i < size.size(); ++i)
+    if (size[i] > 1 && stride[i] == 0) return true;
+  return false;
+}
+
 }  // namespace fa

@@ -22,9 +22,27 @@ struct WorkSplit {
 
 // Below this many blocks for each CTA, half as many CTAs are faster: a launch is short then, and
 // what a merge of parts costs outweighs what a second CTA on the SM hides. Tiles of many rows
-// multiply longer, so a second CTA hides more.
+// multiply longer, so a second CTA hides more; wgmma's have one CTA to an SM.
 FA_HD constexpr int few_decode_blocks(int tile_m) {
-  return tile_m == kDecodeFewRows ? 16 : 4;
+  switch (tile_m) {
+    case kDecodeFewRows: return 16;
+    case kDecodeManyRows: return 4;
+    default: return 1;
+  }
+}
+
+// Whether all CTAs get as many blocks, wherever that cuts tiles. With wgmma's one CTA to an SM it
+// does matter that none is idle, if there is much to read and few rows to merge: 2 % on an H200.
+// rows: of a KV head.
+FA_HD constexpr bool splits_evenly(int total, int num_ctas, int tile_m, int rows) {
+  return tile_m == kDecodeWgmmaRows && rows <= tile_m / 2 && total / 128 >= num_ctas;
+}
+
+// What a tile of wgmma's costs beside its blocks, in blocks: loading Q, and two products that
+// nothing overlaps. It counts if there are many short tiles, as in the prefill of a prompt.
+constexpr int kDecodeTileStart = 3;
+FA_HD constexpr int decode_tile_start(int64_t num_tiles, int num_ctas, int tile_m) {
+  return tile_m == kDecodeWgmmaRows && num_tiles >= int64_t{2} * num_ctas ? kDecodeTileStart : 0;
 }
 
 // Parts for at most num_ctas CTAs. Memory is the limit, so it matters little whether all CTAs have
@@ -52,6 +70,7 @@ static_assert(split_work(128 * 128, 264, 0, 128, 16).per_part == 64);  // two CT
 static_assert(split_work(128 * 16, 264, 0, 16, 16).per_part == 16);    // few blocks: one for each
 static_assert(split_work(128 * 16, 264, 0, 16, 64).per_part == 8);     // two for each
 static_assert(split_work(1024 * 16, 264, 0, 16, 16).per_part == 4 * 16);  // four tiles for each CTA
+static_assert(split_work(8 * 64, 132, 0, 64, 128).per_part == 4);         // 16 for each
 static_assert(split_work(100, 8, 2, 50, 16).num_parts() == 2);  // no tile is in three parts
 static_assert(packed_m_blocks(3, 8, 16) == 2);
 

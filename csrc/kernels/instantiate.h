@@ -18,6 +18,9 @@ int launch_bwd(const BwdParams& params, cudaStream_t stream);
 template <class T, int kHeadDim>
 int launch_decode(const DecodeParams& params, cudaStream_t stream);
 
+template <class T, int kHeadDim>
+int launch_decode_wgmma(const DecodeParams& params, cudaStream_t stream);
+
 // One definition each a library, in the instance file of the family.
 int fwd(const FwdParams& params, void* stream);
 int bwd(const BwdParams& params, void* stream);
@@ -45,19 +48,19 @@ int cross_entropy_bwd(const CrossEntropyParams& params, void* stream);
     }                                                                                    \
   }
 
-// Defines fa::family(params, stream) as launch_<family><T, kHeadDim> for the element type and the
-// built size of the larger head_dim.
-#define FA_HEAD_DIM(family, size) \
-  case size: return fa::launch_##family<T, size>(params, stream);
-#define FA_INSTANTIATE_BY_HEAD_DIM(family, Params)                                   \
+// Defines fa::family(params, stream) as launcher<T, kHeadDim> for the element type and the built
+// size of the larger head_dim.
+#define FA_HEAD_DIM(launcher, size) \
+  case size: return fa::launcher<T, size>(params, stream);
+#define FA_INSTANTIATE_LAUNCHER(family, Params, launcher)                            \
   template <class T>                                                                 \
   static int family##_of(const fa::Params& params, cudaStream_t stream) {            \
     switch (fa::built_head_dim(fa::max(params.head_dim, params.head_dim_v))) {       \
-      FA_HEAD_DIM(family, 64)                                                        \
-      FA_HEAD_DIM(family, 96)                                                        \
-      FA_HEAD_DIM(family, 128)                                                       \
-      FA_HEAD_DIM(family, 192)                                                       \
-      FA_HEAD_DIM(family, 256)                                                       \
+      FA_HEAD_DIM(launcher, 64)                                                      \
+      FA_HEAD_DIM(launcher, 96)                                                      \
+      FA_HEAD_DIM(launcher, 128)                                                     \
+      FA_HEAD_DIM(launcher, 192)                                                     \
+      FA_HEAD_DIM(launcher, 256)                                                     \
       default: return cudaErrorInvalidValue;                                         \
     }                                                                                \
   }                                                                                  \
@@ -69,6 +72,8 @@ int cross_entropy_bwd(const CrossEntropyParams& params, void* stream);
       default: return cudaErrorInvalidValue;                                         \
     }                                                                                \
   }
+#define FA_INSTANTIATE_BY_HEAD_DIM(family, Params) \
+  FA_INSTANTIATE_LAUNCHER(family, Params, launch_##family)
 
 // Defines the library's one exported symbol. fwd, bwd: the library's functions, or nullptr.
 #define FA_INSTANTIATE_BACKEND(arch, fwd, bwd)                                            \

@@ -41,9 +41,10 @@ inline HeadTensor head_tensor(const void* data, const Strides& strides, const Se
 }
 
 // Boxes of box_rows tokens x 64 elements of a head, rows swizzled over 128 bytes, zeros outside the
-// tensor. Order of coordinates: ptx::BoxOrigin.
-inline cudaError_t encode_tensor_map(CUtensorMap& map, DType dtype, const HeadTensor& t,
-                                     int box_rows) {
+// tensor. Order of coordinates: ptx::BoxOrigin. promotion: of what L2 fetches from memory.
+inline cudaError_t encode_tensor_map(
+    CUtensorMap& map, DType dtype, const HeadTensor& t, int box_rows,
+    CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   const auto encoder = tensor_map_encoder();
   if (encoder == nullptr) return cudaErrorNotSupported;
   const auto size = [](int n) { return static_cast<cuuint64_t>(max(n, 1)); };
@@ -62,8 +63,8 @@ inline cudaError_t encode_tensor_map(CUtensorMap& map, DType dtype, const HeadTe
       dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUresult result =
       encoder(&map, type, 4, const_cast<void*>(t.data), sizes, strides, box, element_strides,
-              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion,
+              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

@@ -20,27 +20,74 @@ int built_size(const Problem& p) {
   return built_head_dim(max(p.head_dim, p.head_dim_v));
 }
 
-// Rows of a tile. One split means one order of additions whatever the call, so one tile too.
-int tile_m(const Problem& p) {
-  return p.num_splits != 1 && int64_t{p.seqlen_q} * group_size(p) <= kDecodeFewRows
-             ? kDecodeFewRows
-             : kDecodeManyRows;
+int64_t rows_of_kv_head(const Problem& p) {
+  return int64_t{p.seqlen_q} * group_size(p);
+}
+
+// Which kernel computes a problem.
+struct Tile {
+  int m, n;
+  FwdTileConfig wgmma{};  // if m is kDecodeWgmmaRows
+
+  bool is_wgmma() const { return m == kDecodeWgmmaRows; }
+};
+
+// Tiles of kDecodeWgmmaRows rows.
+int64_t num_wgmma_tiles(const Problem& p) {
+  return p.batch_size * ceil_div<int64_t>(rows_of_kv_head(p), kDecodeWgmmaRows) * p.num_heads_kv;
+}
+
+// Whether wgmma's kernel is faster for few rows, head_dim 128 on an H200: with 16 rows in few
+// tiles, which are cut so often that its second kernel merges them better (7 to 30 %); for long
+// caches where tiles are enough for all SMs (0.5 to 2 %). Not where mma.sync's kernel appends in
+// the same launch.
+bool few_rows_take_wgmma(const Problem& p, const DeviceFacts& device) {
+  constexpr int kLongCache = 4096, kVeryLongCache = 32768;
+  const int64_t tiles = num_wgmma_tiles(p);
+  const bool are_cut = 2 * rows_of_kv_head(p) > kDecodeFewRows && p.seqlen_k >= kLongCache &&
+                       4 * tiles <= device.num_sms;
+  const bool are_long = p.seqlen_k >= kVeryLongCache &&
+                        (p.page_size == 0 || p.page_size >= kDecodeTileN) &&
+                        10 * tiles >= 9 * int64_t{device.num_sms};
+  return !p.appends && built_size(p) == 128 && (are_cut || are_long);
+}
+
+// One split means one order of additions whatever the call, so one tile too.
+Tile tile_of(Arch arch, const Problem& p, const DeviceFacts& device) {
+  const bool few = p.num_splits != 1 && rows_of_kv_head(p) <= kDecodeFewRows;
+  const Tile mma{few ? kDecodeFewRows : kDecodeManyRows, kDecodeTileN};
+  if (arch != Arch::kSm90 || p.num_splits == 1 || (few && !few_rows_take_wgmma(p, device)))
+    return mma;
+  const bool few_tiles =
+      2 * num_wgmma_tiles(p) <= device.num_sms && rows_of_kv_head(p) <= kDecodeWgmmaRows;
+  const FwdTileConfig wgmma =
+      sm90_decode_tile_config(built_size(p), few_tiles ? DecodeTiles::kFew : DecodeTiles::kMany);
+  // Copies of whole blocks by TMA, and the plain softmax: the forward's in attention_plan.cpp.
+  const bool takes = wgmma.tile_m > 0 && !p.broadcast && !p.softcap && !p.alibi &&
+                     p.positive_scale && !(p.leftpad && p.page_size > 0) &&
+                     sm90_decode_takes_pages(p.page_size, wgmma.tile_n);
+  return takes ? Tile{wgmma.tile_m, wgmma.tile_n, wgmma} : mma;
 }
 
 // Tiles of all sequences, and what the kernel counts blocks of keys in: at most one more for each
 // tile.
-int64_t num_tiles(const Problem& p) {
+int64_t num_tiles(const Problem& p, const Tile& tile) {
   const int64_t batch_size = p.batch_size + int64_t{p.varlen};  // one for rows of no sequence
-  return batch_size * ceil_div<int64_t>(int64_t{p.seqlen_q} * group_size(p), tile_m(p)) *
-         p.num_heads_kv;
+  return batch_size * ceil_div<int64_t>(rows_of_kv_head(p), tile.m) * p.num_heads_kv;
 }
-int64_t num_positions(const Problem& p) {
-  return num_tiles(p) * max(1, ceil_div(p.seqlen_k, kDecodeTileN));
+int64_t num_positions(const Problem& p, const Tile& tile) {
+  return num_tiles(p, tile) * max(1, ceil_div(p.seqlen_k, tile.n));
+}
+
+int smem_bytes_of(const Problem& p, const Tile& tile) {
+  const int built = built_size(p);
+  return tile.is_wgmma() ? sm90_fwd_smem_bytes(tile.wgmma, {built, built})
+                         : decode_smem_bytes(built, tile.m);
 }
 
 }  // namespace
 
-bool decode_refuses(const Problem& p, const DeviceFacts& device, Reason reason) {
+bool decode_refuses(Arch arch, const Problem& p, const DeviceFacts& device, Reason reason) {
   if (p.dropout) return reason("dropout: decode has none");
   for (const auto& [what, size] : {std::pair{"head_dim", p.head_dim}, {"head_dim_v", p.head_dim_v}})
     if (size % kVectorElements != 0)
@@ -53,30 +100,32 @@ bool decode_refuses(const Problem& p, const DeviceFacts& device, Reason reason) 
     return got > limit && reason(what, "=", got, ": decode takes at most ", limit);
   };
   // Rows, tiles and blocks of keys are counted in int.
-  const int smem_bytes = decode_smem_bytes(built_size(p), tile_m(p));
-  return at_most("rows of a KV head", int64_t{p.seqlen_q} * group_size(p), kMaxInt / 2) ||
-         at_most("tiles", num_tiles(p), kMaxInt) ||
-         at_most("blocks of keys", num_positions(p), kMaxInt) ||
+  const Tile tile = tile_of(arch, p, device);
+  const int smem_bytes = smem_bytes_of(p, tile), start = tile.is_wgmma() ? kDecodeTileStart : 0;
+  return at_most("rows of a KV head", rows_of_kv_head(p), kMaxInt / 2) ||
+         at_most("tiles", num_tiles(p, tile), kMaxInt) ||
+         at_most("blocks of keys", num_positions(p, tile) + num_tiles(p, tile) * start, kMaxInt) ||
          (smem_bytes > device.max_smem_bytes &&
           reason("smem_bytes=", smem_bytes, ": a CTA of the device has at most ",
                  device.max_smem_bytes));
 }
 
-Plan decode_plan(const Problem& p, const DeviceFacts& device) {
+Plan decode_plan(Arch arch, const Problem& p, const DeviceFacts& device) {
+  const Tile tile = tile_of(arch, p, device);
   Plan plan;
-  plan.tile_m = tile_m(p);
-  plan.tile_n = kDecodeTileN;
-  plan.num_stages = decode_num_units(built_size(p));
-  plan.num_threads = kDecodeThreads;
+  plan.tile_m = tile.m;
+  plan.tile_n = tile.n;
+  plan.num_stages = tile.is_wgmma() ? tile.wgmma.num_stages : decode_num_units(built_size(p));
+  plan.num_threads = tile.is_wgmma() ? fwd_num_threads(Arch::kSm90, tile.wgmma) : kDecodeThreads;
   plan.vectorized = true;
-  plan.smem_bytes = decode_smem_bytes(built_size(p), plan.tile_m);
-  const int64_t resident = int64_t{kDecodeCtasPerSm} * device.num_sms;
-  const int64_t useful = p.num_splits == 1 ? num_tiles(p) : num_positions(p);
+  plan.smem_bytes = smem_bytes_of(p, tile);
+  const int64_t resident = int64_t{decode_ctas_per_sm(tile.m)} * device.num_sms;
+  const int64_t useful = p.num_splits == 1 ? num_tiles(p, tile) : num_positions(p, tile);
   plan.num_ctas = min(useful, min<int64_t>(resident, kDecodeMaxCtas));
   plan.num_splits = p.num_splits;
   if (p.num_splits != 1)
     plan.workspace_bytes =
-        4 * decode_workspace_words(static_cast<int>(plan.num_ctas), plan.tile_m, built_size(p));
+        4 * decode_workspace_words(static_cast<int>(plan.num_ctas), tile.m, built_size(p));
   return plan;
 }
 

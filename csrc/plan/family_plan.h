@@ -14,8 +14,8 @@ bool attention_refuses(Arch arch, const Problem& problem, const DeviceFacts& dev
 Plan attention_plan(Arch arch, const Problem& problem, const DeviceFacts& device);
 
 // decode; the same for every architecture.
-bool decode_refuses(const Problem& problem, const DeviceFacts& device, Reason reason);
-Plan decode_plan(const Problem& problem, const DeviceFacts& device);
+bool decode_refuses(Arch arch, const Problem& problem, const DeviceFacts& device, Reason reason);
+Plan decode_plan(Arch arch, const Problem& problem, const DeviceFacts& device);
 
 // combine, bwd_preprocess, rotary, append_kv; the same for every architecture.
 bool row_kernel_refuses(const Problem& problem, Reason reason);

@@ -124,12 +124,12 @@ std::optional<Plan> plan_for(Arch arch, const Problem& p, const DeviceFacts& dev
     return std::nullopt;
   }
   const bool refused = attention   ? attention_refuses(arch, p, device, reason)
-                       : decode    ? decode_refuses(p, device, reason)
+                       : decode    ? decode_refuses(arch, p, device, reason)
                        : companion ? companion_refuses(p, device, reason)
                                    : row_kernel_refuses(p, reason);
   if (refused) return std::nullopt;
   Plan plan = attention   ? attention_plan(arch, p, device)
-              : decode    ? decode_plan(p, device)
+              : decode    ? decode_plan(arch, p, device)
               : companion ? companion_plan(p, device)
                           : row_kernel_plan(p);
   plan.instance = instance->id;

@@ -53,6 +53,9 @@ struct Problem {
   int window_right = kUnbounded;  // 0: causal
   bool varlen = false;            // cu_seqlens or seqused are given
   int page_size = 0;              // tokens to a page; 0: not paged
+  bool leftpad = false;           // caches: keys begin at different rows
+  bool appends = false;           // caches: the call brings new keys
+  bool broadcast = false;         // caches: a stride of 0, so that some keys are the same memory
 
   bool softcap = false;
   bool alibi = false;

@@ -180,6 +180,7 @@ def test_problems_of_a_cache_call(planned: PlannedEverything, introspect: Module
     assert not append["rotary_interleaved"]
     assert (rotary["num_heads_q"], rotary["seqlen_q"]) == (32, 1)
     assert (decode["family"], decode["seqlen_k"], decode["window_right"]) == ("decode", 1600, 0)
+    assert (decode["appends"], decode["leftpad"], decode["broadcast"]) == (True, False, False)
     for problem, device, built in planned.asked:  # the real module knows every field
         assert introspect.make_plan(problem, device, built)["ok"]
 
@@ -207,6 +208,9 @@ def test_problem_of_every_option(planned: PlannedEverything) -> None:
         "head_dim_v": 64,
         "varlen": False,
         "page_size": 0,
+        "leftpad": False,
+        "appends": False,
+        "broadcast": False,
         "window_left": -1,
         "window_right": 5,
         "softcap": True,

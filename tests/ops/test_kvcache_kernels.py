@@ -82,6 +82,14 @@ def test_the_plan_is_a_kernel(kernels: str) -> None:
     assert kernels == "native" or step.kernel == "sm80_decode_hdim64_bf16"
 
 
+def test_the_plan_of_many_rows_is_wgmma(kernels: str) -> None:
+    q = torch.empty(3, 9, 16, 128, dtype=BF16, device=DEVICE)
+    cache = torch.empty(3, 333, 2, 128, dtype=BF16, device=DEVICE)
+    step = plans.explain(q, cache, cache, form="kvcache").attention
+    is_sm90 = kernels == "native" and torch.cuda.get_device_capability()[0] == 9
+    assert step.tile == ((128, 64) if is_sm90 else (64, 64))
+
+
 def test_what_no_kernel_takes_is_an_error() -> None:
     """The guard of this file: without it the tiled backend could pass all tests."""
     q = torch.empty(2, 1, 4, 63, dtype=BF16, device=DEVICE)
@@ -97,7 +105,10 @@ def test_cases(case: CacheCase, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 7])
-@pytest.mark.parametrize("name", ["long", "many_queries_causal", "pages_of_16", "packed_q"])
+@pytest.mark.parametrize(
+    "name",
+    ["long", "many_queries_causal", "pages_of_16", "packed_q", "few_tiles", "many_tiles_paged"],
+)
 def test_splits(name: str, num_splits: int) -> None:
     check(CacheCase(**{**CASES[name].__dict__, "num_splits": num_splits}), BF16)
 
@@ -141,6 +152,25 @@ def test_cache_with_strides() -> None:
     q = torch.randn(2, 1, 4, 64, dtype=BF16, device=DEVICE)
     out = fa.flash_attn_with_kvcache(q, k, v)
     assert torch.equal(out, fa.flash_attn_with_kvcache(q, k.contiguous(), v.contiguous()))
+
+
+def test_cache_of_one_memory() -> None:
+    """All sequences read one cache: a stride of 0."""
+    k, v = (torch.randn(1, 200, 2, 64, dtype=BF16, device=DEVICE) for _ in range(2))
+    q = torch.randn(3, 9, 16, 64, dtype=BF16, device=DEVICE)
+    out = fa.flash_attn_with_kvcache(q, k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1))
+    apart = fa.flash_attn_with_kvcache(q, k.repeat(3, 1, 1, 1), v.repeat(3, 1, 1, 1))
+    assert_equals(out.float(), apart.float(), 1e-2, "out")
+
+
+def test_no_page_at_all() -> None:
+    pool = torch.empty(0, 16, 2, 64, dtype=BF16, device=DEVICE)
+    q = torch.randn(3, 9, 16, 64, dtype=BF16, device=DEVICE)
+    table = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
+    out = fa.flash_attn_with_kvcache(
+        q, pool, pool, cache_seqlens=_tensor((0, 0, 0)), page_table=table
+    )
+    assert not out.any()
 
 
 @DTYPES
@@ -231,8 +261,9 @@ def test_debug_mode_names_the_sequence(
     assert (caches == 0).all()
 
 
-def test_results_repeat() -> None:
-    call = on_device(CASES["long"], build(CASES["long"], BF16))
+@pytest.mark.parametrize("name", ["long", "few_tiles", "many_tiles_paged", "prompts"])
+def test_results_repeat(name: str) -> None:
+    call = on_device(CASES[name], build(CASES[name], BF16))
     first = fa.flash_attn_with_kvcache(**call)
     for _ in range(20):
         again = fa.flash_attn_with_kvcache(**call)

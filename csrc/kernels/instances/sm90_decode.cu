@@ -1,3 +1,4 @@
 // SM90: choice among the instances of decode.
 #include "kernels/instantiate.h"
-FA_INSTANTIATE_BY_HEAD_DIM(decode, DecodeParams)
+#include "kernels/sm90/decode_choice.h"
+FA_INSTANTIATE_LAUNCHER(decode, DecodeParams, launch_sm90_decode)

@@ -27,6 +27,7 @@
 #include "core/rotary.h"
 #include "core/tile_config.h"
 #include "kernels/launch.h"
+#include "kernels/sm80/decode_output.h"
 #include "kernels/sm80/decode_rows.h"
 #include "kernels/sm80/decode_work.h"
 #include "kernels/tile_counter.h"
@@ -40,7 +41,12 @@
 
 namespace fa {
 
-template <class T, int kHeadDim, int kTileM, bool kAppends>
+// Counts the finished parts of a tile, for the CTA that has its first: zero before and after every
+// launch. A row for each launch that may run at the same time.
+constexpr int kNumDecodeCounters = 1 << 13;
+static __device__ int decode_counters[kNumDecodeCounters][kDecodeMaxCtas];
+
+template <class T, int kHeadDim, int kTileM, bool kMayAppend>
 struct DecodeCta {
   static constexpr int kWarps = kDecodeThreads / kWarpSize;
   static constexpr int kKeyParts = kTileM == kDecodeFewRows ? kWarps : 1;
@@ -53,9 +59,9 @@ struct DecodeCta {
   static constexpr int kResultsBegin = kRunsAhead ? kRingBytes : 0;  // bytes
   static constexpr int kResultWords = decode_result_words(kHeadDim);
   static constexpr int kColumnGroups = kHeadDim / 4;  // of 4 columns, in a row of results
-  static constexpr int kLaneGroups = decode_lane_groups(kHeadDim);
-  static constexpr int kMergeLoads = kHeadDim > 128 ? 8 : 16;
   static constexpr bool kQInRegs = kRunsAhead;
+  using Shape = DecodeShape<kTileM, kDecodeTileN, kDecodeThreads, kMayAppend>;
+  using Output = DecodeOutput<T, kHeadDim, kTileM, kWarps>;
   using Unit = SmemTile<kDecodeTileN, kHeadDim>;
   using TileQ = SmemTile<kTileM, kHeadDim>;
   // A lane copies kChunks chunks of kRows keys of its warp's 16.
@@ -67,7 +73,7 @@ struct DecodeCta {
 
   const DecodeParams& p;
   const DecodeLaunch& launch;
-  DecodeShared& shared;
+  DecodeShared<kDecodeThreads>& shared;
   char* smem_begin;
   uint32_t smem;
   int warp, lane;
@@ -82,12 +88,14 @@ struct DecodeCta {
   bool load_values = false;  // of the block, else its keys
   int load_slot = 0;
   int num_ahead = 0;                 // units that are copied and not yet computed
-  const T *load_k, *load_v;          // of load_index's KV head: this lane's first chunk of token 0
+  const T *load_k, *load_v;          // token 0 of load_index's KV head
   const T *load_new_k, *load_new_v;  // the same among the new tokens
   int load_seqlen;
   int page = 0, page_row;  // lanes below 16: where key `lane` of this warp's 16 is; page < 0: it is
                            // new token page_row
 
+  FA_DEVICE bool appends() const { return kMayAppend && p.append.k != nullptr; }
+  FA_DEVICE bool rotates() const { return kMayAppend && p.append.table.rotary_dim > 0; }
   FA_DEVICE const DecodeItem& item() const { return shared.items[index % 3]; }
   FA_DEVICE int group() const { return launch.by_group.divisor(); }
   FA_DEVICE int first_row() const { return item().entry.m_block * kTileM; }
@@ -106,7 +114,7 @@ struct DecodeCta {
     const DecodeItem& from = shared.items[load_index % 3];
     const int key = load_block * kDecodeTileN + warp * kCopyKeys + lane % kCopyKeys;
     const int last_key = min(key, from.entry.k_seq.seqlen - 1);
-    if (kAppends && last_key >= from.appended_at) {
+    if (kMayAppend && last_key >= from.appended_at) {
       page = -1;
       page_row = last_key - from.appended_at;
       return;
@@ -128,17 +136,15 @@ struct DecodeCta {
       load_block = next.begin;
       load_end = next.end;
       load_seqlen = next.entry.k_seq.seqlen;
-      load_k = static_cast<const T*>(p.k) + next.head_kv * p.k_strides.head + lane % kLanes * 8;
-      load_v = static_cast<const T*>(p.v) + next.head_kv * p.v_strides.head + lane % kLanes * 8;
-      if constexpr (kAppends) {
+      load_k = static_cast<const T*>(p.k) + next.head_kv * p.k_strides.head;
+      load_v = static_cast<const T*>(p.v) + next.head_kv * p.v_strides.head;
+      if (appends()) {
         const AppendKvParams& a = p.append;
         const int batch = next.entry.batch;
         const int64_t row = a.cu_seqlens_new == nullptr ? 0 : a.cu_seqlens_new[batch];
         const auto head_of_new = [&](const void* x, const Strides& strides) {
-          return static_cast<const T*>(x) +
-                 element_offset(strides.batch, strides.token, strides.head, batch, row,
-                                next.head_kv) +
-                 lane % kLanes * 8;
+          return static_cast<const T*>(x) + element_offset(strides.batch, strides.token,
+                                                           strides.head, batch, row, next.head_kv);
         };
         load_new_k = head_of_new(a.k, a.k_strides);
         load_new_v = head_of_new(a.v, a.v_strides);
@@ -155,26 +161,32 @@ struct DecodeCta {
     ptx::cp_async_commit_group();
   }
 
+  // Where key `lane` of this warp's 16 is, or its value; lanes below 16.
+  FA_DEVICE const T* key_of_lane() const {
+    const Strides& strides = load_values ? p.v_strides : p.k_strides;
+    const T* key =
+        (load_values ? load_v : load_k) + page * strides.batch + page_row * strides.token;
+    if constexpr (kMayAppend) {
+      const int64_t new_stride = load_values ? p.append.v_strides.token : p.append.k_strides.token;
+      if (page < 0) key = (load_values ? load_new_v : load_new_k) + page_row * new_stride;
+    }
+    return key;
+  }
+
   FA_DEVICE void copy_unit() const {
     const Unit unit{smem + load_slot * Unit::kBytes};
     // The addresses shall not be kept in registers through the loop.
     const int thread = ptx::opaque(lane);
     const int row = thread / kLanes, chunk = thread % kLanes;
     const int keys_left = load_seqlen - (load_block * kDecodeTileN + warp * kCopyKeys + row);
-    const Strides& strides = load_values ? p.v_strides : p.k_strides;
     const int num_chunks = (load_values ? p.head_dim_v : p.head_dim) / 8 - chunk;
-    const T* head = load_values ? load_v : load_k;
-    const int64_t page_stride = strides.batch, row_stride = strides.token;
+    const T* own_key = key_of_lane();
     FA_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const int key_page = __shfl_sync(0xffffffffu, page, row + i * kRowsPerPass);
-      const int key_row = __shfl_sync(0xffffffffu, page_row, row + i * kRowsPerPass);
-      const T* key = head + key_page * page_stride + key_row * row_stride;
-      if constexpr (kAppends) {
-        const int64_t new_stride =
-            load_values ? p.append.v_strides.token : p.append.k_strides.token;
-        if (key_page < 0) key = (load_values ? load_new_v : load_new_k) + key_row * new_stride;
-      }
+      const T* key =
+          reinterpret_cast<const T*>(__shfl_sync(
+              0xffffffffu, reinterpret_cast<unsigned long long>(own_key), row + i * kRowsPerPass)) +
+          chunk * 8;
       const uint32_t to = unit.chunk_address(warp * kCopyKeys + row + i * kRowsPerPass, chunk);
       FA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
@@ -222,7 +234,7 @@ struct DecodeCta {
   // Unit `unit` is complete, and the one before it is read by all that read it.
   FA_DEVICE void wait_unit(int unit) const {
     ptx::cp_async_wait_group<kUnits - 2>();
-    if (kAppends && unit % 2 == 0) rotate_new_keys(item().begin + unit / 2);
+    if (rotates() && unit % 2 == 0) rotate_new_keys(item().begin + unit / 2);
     if constexpr (kKeyParts == 1) {
       __syncthreads();
     } else {
@@ -315,7 +327,7 @@ struct DecodeCta {
       ptx::cp_async_wait_group<0>();
     }
     __syncthreads();  // Q is complete
-    if (kAppends && p.append.table.rotary_dim > 0) {
+    if (rotates()) {
       rotate_rows(smem_q(), 0, num_rows(), threadIdx.x, kDecodeThreads, [&](int row) {
         const int token = launch.by_group.divide(first_row() + row);
         return rotary_position(item().rotary_base, token, p.same_position);
@@ -398,35 +410,6 @@ struct DecodeCta {
     softmax.finish();
   }
 
-  // Columns [col, col + 4) of a row of the tile go to out, and with column 0 its lse.
-  FA_DEVICE void store_row(int row, int col, const MergedRow& merged) const {
-    const DecodeEntry& entry = item().entry;
-    const auto [token, in_group] = divide(first_row() + row, launch.by_group);
-    const int head = item().head_kv * group() + in_group;
-    const bool exists = token < entry.q_seq.seqlen && merged.sum != 0.f;
-    const float scale = ptx::rcp_approx_ftz(merged.sum);
-    uint2 values = {0u, 0u};
-    if (exists) {
-      values.x = pack<T>(merged.acc.x * scale, merged.acc.y * scale);
-      values.y = pack<T>(merged.acc.z * scale, merged.acc.w * scale);
-    }
-    if (col < p.head_dim_v)
-      ptx::st_global_v2(
-          static_cast<T*>(p.out) +
-              element_offset(p.out_strides.batch, p.out_strides.token, p.out_strides.head,
-                             entry.batch, entry.q_seq.first_row + token, head) +
-              col,
-          values);
-    if (col == 0) {
-      const int64_t at =
-          p.seqlens_q.cu_seqlens != nullptr
-              ? static_cast<int64_t>(head) * p.total_q + entry.q_seq.first_row
-              : (static_cast<int64_t>(entry.batch) * p.num_heads_q + head) * p.seqlens_q.max_seqlen;
-      p.lse[at + token] =
-          exists ? (merged.max + ptx::lg2_approx_ftz(merged.sum)) * kLn2 : -INFINITY;
-    }
-  }
-
   // Calls visit(row, col) for the first columns of the groups of rows [begin, end) of results.
   template <class Visit>
   static FA_DEVICE void for_each_group(int begin, int end, Visit visit) {
@@ -435,21 +418,19 @@ struct DecodeCta {
       visit(i / kColumnGroups, i % kColumnGroups * 4);
   }
 
-  // The result of CTA `cta` for a tile: the one that it has the begin of, or another. Those of a
-  // tile follow each other but for the first.
-  FA_DEVICE float* partial(int cta, bool is_first) const {
-    const int64_t at = cta + (is_first ? gridDim.x : 0);
-    return p.partial + at * (kTileM * kResultWords);
+  FA_DEVICE int* counters() const {
+    return launch.counter_row != kNoTileCounter
+               ? decode_counters[launch.counter_row]
+               : reinterpret_cast<int*>(p.partial) +
+                     decode_partial_words(gridDim.x, kTileM, kHeadDim);
   }
 
   // Merges the results of the warps; they go to out, or wait for those of the other CTAs.
   FA_DEVICE void store(const AccumTile<1, kD>& acc_o, const RowSoftmax<T>& softmax) {
     // Q, or the ring, is read by all: their place becomes that of the results.
     __syncthreads();
-    const DecodeEntry& entry = item().entry;
-    // Rows of the tile that exist; rows that belong to no sequence are all in one, without a key.
-    const int stored = entry.q_seq.stored * group() - first_row();
-    const int rows = entry.batch < p.batch_size ? min(kTileM, stored) : stored;
+    const Output output{p, launch};
+    const int rows = output.stored_rows(item());
     FA_UNROLL
     for (int r = 0; r < 2; ++r) {
       if (kKeyParts > 1 && 8 * r >= rows) break;
@@ -480,85 +461,27 @@ struct DecodeCta {
         merged.sum += weight * statistics.y;
         merged.add(*reinterpret_cast<const float4*>(from + col), weight);
       }
-      if (whole) return store_row(row, col, merged);
-      float* to = partial(blockIdx.x, static_cast<int>(blockIdx.x) == item().first_cta) +
-                  row * kResultWords;
+      if (whole) return output.store_row(item(), row, col, merged);
+      float* to = output.own_partial(item()) + row * kResultWords;
       *reinterpret_cast<float4*>(to + col) = merged.acc;
       // The whole sector of 32 bytes: L2 would read the rest of it from memory when it is read.
       if (col < 8)
         *reinterpret_cast<float4*>(to + kHeadDim + col) = {merged.max, merged.sum, 0.f, 0.f};
     });
-    if (!whole) merge_parts(rows);
-  }
-
-  FA_DEVICE int* counters() const {
-    return launch.counter_row != kNoTileCounter
-               ? decode_counters[launch.counter_row]
-               : reinterpret_cast<int*>(p.partial) +
-                     decode_partial_words(gridDim.x, kTileM, kHeadDim);
-  }
-
-  // The last CTA of those that share the tile merges their results.
-  FA_DEVICE void merge_parts(int rows) {
-    const int first = item().first_cta, num_parts = item().last_cta - first + 1;
+    if (whole) return;
     __syncthreads();  // the partial result of this CTA is written
-    if (threadIdx.x == 0) {
-      // It is visible to who counts after this, and what the others wrote before they counted is
-      // visible to this CTA.
-      shared.is_last = ptx::atom_add_acq_rel_gpu_s32(counters() + first, 1) == num_parts - 1;
-      if (shared.is_last) counters()[first] = 0;
-    }
+    if (threadIdx.x == 0) shared.is_last = output.count_part(item(), counters());
     __syncthreads();  // is_last is set
-    if (!shared.is_last) return;
-    // kMergeLoads loads of each lane are under way at a time.
-    constexpr int kParts = kMergeLoads / kLaneGroups;
-    if (rows > kWarps && num_parts <= kParts / 2) {
-      merge_rows<2, kParts / 2>(rows, first, num_parts);
-    } else {
-      merge_rows<1, kParts>(rows, first, num_parts);
-    }
-  }
-
-  // Merges parts of the tile that begins in CTA `first`, kNumParts of kNumRows rows of a warp at a
-  // time.
-  template <int kNumRows, int kNumParts>
-  FA_DEVICE void merge_rows(int rows, int first, int num_parts) const {
-    using Parts = PartsOfRow<kHeadDim, kNumParts>;
-    constexpr int kStride = kTileM * kResultWords;
-#pragma unroll 1
-    for (int begin = warp; begin < rows; begin += kNumRows * kWarps) {
-      MergedRow merged[kNumRows][kLaneGroups];
-#pragma unroll 1
-      for (int part = 0; part < num_parts; part += kNumParts) {
-        Parts parts[kNumRows];
-        FA_UNROLL
-        for (int r = 0; r < kNumRows; ++r) {
-          const int row = begin + r * kWarps;
-          const float* from = partial(first + part, false) + row * kResultWords;
-          parts[r].load(part == 0 ? partial(first, true) + row * kResultWords : from, from, kStride,
-                        row < rows ? num_parts - part : 0, lane);
-        }
-        FA_UNROLL
-        for (int r = 0; r < kNumRows; ++r) parts[r].add_to(merged[r]);
-      }
-      FA_UNROLL
-      for (int r = 0; r < kNumRows; ++r) {
-        FA_UNROLL
-        for (int g = 0; g < kLaneGroups; ++g) {
-          const int row = begin + r * kWarps, group = lane + g * kWarpSize;
-          if (row < rows && group < kColumnGroups) store_row(row, 4 * group, merged[r][g]);
-        }
-      }
-    }
+    if (shared.is_last) output.merge_parts(item(), {0, rows}, warp, lane);
   }
 };
 
-template <class T, int kHeadDim, int kTileM, bool kAppends>
+template <class T, int kHeadDim, int kTileM, bool kMayAppend>
 FA_DEVICE void decode_tiles(const DecodeParams& p, const DecodeLaunch& launch) {
-  using Cta = DecodeCta<T, kHeadDim, kTileM, kAppends>;
+  using Cta = DecodeCta<T, kHeadDim, kTileM, kMayAppend>;
   extern __shared__ __align__(128) char smem[];
-  __shared__ DecodeShared shared;
-  if (!find_share<kTileM, kAppends>(p, launch, shared)) return;
+  __shared__ DecodeShared<kDecodeThreads> shared;
+  if (!find_share<typename Cta::Shape>(p, launch, shared)) return;
 
   Cta cta{p, launch, shared, smem, ptx::cvta_to_shared(smem)};
   cta.warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
@@ -572,7 +495,7 @@ FA_DEVICE void decode_tiles(const DecodeParams& p, const DecodeLaunch& launch) {
     cta.run(acc_o, softmax, [&] {
       if (threadIdx.x == kDecodeThreads - 1) {
         find_sharers(shared.cursor.split, shared.items[cta.index % 3]);
-        next_item<kTileM, kAppends>(p, launch, shared.cursor, shared.items[(cta.index + 1) % 3]);
+        next_item<typename Cta::Shape>(p, launch, shared.cursor, shared.items[(cta.index + 1) % 3]);
       }
     });
     cta.store(acc_o, softmax);
@@ -581,12 +504,12 @@ FA_DEVICE void decode_tiles(const DecodeParams& p, const DecodeLaunch& launch) {
   }
 }
 
-template <class T, int kHeadDim, int kTileM, bool kAppends>
+template <class T, int kHeadDim, int kTileM, bool kMayAppend>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     decode_kernel(const __grid_constant__ DecodeLaunch launch,
                   const __grid_constant__ DecodeParams p) {
-  decode_tiles<T, kHeadDim, kTileM, kAppends>(p, launch);
-  if constexpr (kAppends) {
+  decode_tiles<T, kHeadDim, kTileM, kMayAppend>(p, launch);
+  if constexpr (kMayAppend) {
     // Nobody reads what is written here, so it needs no order. The last CTAs have the least to do.
     for (int tile = gridDim.x - 1 - blockIdx.x; tile < launch.append_tiles.num_tiles;
          tile += gridDim.x)
@@ -595,10 +518,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   }
 }
 
-template <class T, int kHeadDim, int kTileM, bool kAppends>
+template <class T, int kHeadDim, int kTileM, bool kMayAppend>
 int launch_decode_kernel(const DecodeParams& p, const DecodeLaunch& launch, cudaStream_t stream) {
   constexpr int kSmemBytes = decode_smem_bytes(kHeadDim, kTileM);
-  constexpr auto kKernel = decode_kernel<T, kHeadDim, kTileM, kAppends>;
+  constexpr auto kKernel = decode_kernel<T, kHeadDim, kTileM, kMayAppend>;
   const cudaError_t error = allow_dynamic_smem<kKernel>(kSmemBytes);
   if (error != cudaSuccess || p.num_ctas == 0) return error;
   kKernel<<<p.num_ctas, kDecodeThreads, kSmemBytes, stream>>>(launch, p);
@@ -607,15 +530,7 @@ int launch_decode_kernel(const DecodeParams& p, const DecodeLaunch& launch, cuda
 
 template <class T, int kHeadDim>
 int launch_decode(const DecodeParams& p, cudaStream_t stream) {
-  const int group = p.num_heads_q / p.num_heads_kv;
-  const bool capped = p.score.softcap != 0.f;
-  DecodeLaunch launch;
-  launch.by_group = FastDiv(group);
-  launch.by_m_blocks = FastDiv(max(1, packed_m_blocks(p.seqlens_q.max_seqlen, group, p.tile_m)));
-  launch.by_page = FastDiv(max(1, p.page_size));
-  launch.scale = capped ? p.score.softmax_scale / p.score.softcap : p.score.softmax_scale * kLog2e;
-  launch.softcap_scale = p.score.softcap * kLog2e;
-  launch.counter_row = kNoTileCounter;
+  DecodeLaunch launch = decode_launch(p);
   if (p.num_splits != 1) {
     cudaError_t error = tile_counter(stream, launch.counter_row);
     if (launch.counter_row >= kNumDecodeCounters) launch.counter_row = kNoTileCounter;
@@ -624,13 +539,14 @@ int launch_decode(const DecodeParams& p, cudaStream_t stream) {
                               p.num_ctas * sizeof(int), stream);
     if (error != cudaSuccess) return error;
   }
-  const bool few = p.tile_m == kDecodeFewRows;
-  if (p.append.k == nullptr)
-    return few ? launch_decode_kernel<T, kHeadDim, kDecodeFewRows, false>(p, launch, stream)
-               : launch_decode_kernel<T, kHeadDim, kDecodeManyRows, false>(p, launch, stream);
-  launch.append_tiles = append_kv_tiles<kVecSize<T>>(p.append, kDecodeThreads);
-  return few ? launch_decode_kernel<T, kHeadDim, kDecodeFewRows, true>(p, launch, stream)
-             : launch_decode_kernel<T, kHeadDim, kDecodeManyRows, true>(p, launch, stream);
+  const bool appends = p.append.k != nullptr;
+  launch.append_tiles =
+      appends ? append_kv_tiles<kVecSize<T>>(p.append, kDecodeThreads) : AppendKvTiles{};
+  // Few rows are short calls, where every instruction counts: a kernel of their own without append.
+  if (p.tile_m != kDecodeFewRows)
+    return launch_decode_kernel<T, kHeadDim, kDecodeManyRows, true>(p, launch, stream);
+  return appends ? launch_decode_kernel<T, kHeadDim, kDecodeFewRows, true>(p, launch, stream)
+                 : launch_decode_kernel<T, kHeadDim, kDecodeFewRows, false>(p, launch, stream);
 }
 
 }  // namespace fa

@@ -1,4 +1,4 @@
-// What a CTA of the decode kernel has to do: its share of all key blocks, and the tiles in it,
+// What a CTA of a decode kernel has to do: its share of all key blocks, and the tiles in it,
 // found on the device from the lengths of all sequences (core/decode_schedule.h).
 #pragma once
 #include <cuda_runtime.h>
@@ -6,6 +6,7 @@
 #include "core/decode_schedule.h"
 #include "core/fast_div.h"
 #include "core/mask.h"
+#include "core/online_softmax.h"
 #include "core/params.h"
 #include "core/seqlen.h"
 #include "core/tile_config.h"
@@ -19,13 +20,32 @@ struct DecodeLaunch {
   FastDiv by_group, by_m_blocks, by_page;
   float scale, softcap_scale;  // scores become scale x, or softcap_scale tanh(scale x): log2 units
   int counter_row;             // of decode_counters; kNoTileCounter: counters are in the workspace
+  int tile_start;              // positions of a tile beside its blocks
   AppendKvTiles append_tiles;  // of kDecodeThreads
 };
 
-// Counts the finished parts of a tile, for the CTA that has its first: zero before and after every
-// launch. A row for each launch that may run at the same time.
-constexpr int kNumDecodeCounters = 1 << 13;
-static __device__ int decode_counters[kNumDecodeCounters][kDecodeMaxCtas];
+// Rows and keys of a tile, threads of a CTA, and whether new keys may be where the caller has them.
+template <int kRows, int kKeys, int kNumThreads, bool kAppends>
+struct DecodeShape {
+  static constexpr int kTileM = kRows, kTileN = kKeys, kThreads = kNumThreads;
+  static constexpr bool kMayAppend = kAppends;
+};
+
+// What all decode kernels need of it.
+inline DecodeLaunch decode_launch(const DecodeParams& p) {
+  const int group = p.num_heads_q / p.num_heads_kv;
+  const bool capped = p.score.softcap != 0.f;
+  DecodeLaunch launch{};
+  launch.by_group = FastDiv(group);
+  launch.by_m_blocks = FastDiv(max(1, packed_m_blocks(p.seqlens_q.max_seqlen, group, p.tile_m)));
+  launch.by_page = FastDiv(max(1, p.page_size));
+  launch.scale = capped ? p.score.softmax_scale / p.score.softcap : p.score.softmax_scale * kLog2e;
+  launch.softcap_scale = p.score.softcap * kLog2e;
+  launch.counter_row = kNoTileCounter;
+  const int64_t entries = int64_t{p.batch_size} * launch.by_m_blocks.divisor();
+  launch.tile_start = decode_tile_start(entries * p.num_heads_kv, p.num_ctas, p.tile_m);
+  return launch;
+}
 
 // The queries of one (batch, m_block) and the keys that they need.
 struct DecodeEntry {
@@ -73,7 +93,7 @@ FA_DEVICE SeqlenInfo cache_seqlen_info(const DecodeParams& p, int batch) {
 
 // Entry `at` of the launch: m_blocks run fastest; behind the last sequence one entry for the rows
 // that belong to none. Returns false if there is no such m_block.
-template <int kTileM>
+template <class Shape>
 FA_DEVICE bool decode_entry(const DecodeParams& p, const DecodeLaunch& launch, int at,
                             DecodeEntry& entry) {
   const auto [batch, m_block] = divide(at, launch.by_m_blocks);
@@ -83,6 +103,7 @@ FA_DEVICE bool decode_entry(const DecodeParams& p, const DecodeLaunch& launch, i
   entry.blocks = {0, 0, 0, 0};
   if (batch >= p.batch_size) return m_block == 0 && entry.q_seq.stored > 0;
   const int group = launch.by_group.divisor();
+  constexpr int kTileM = Shape::kTileM;
   if (m_block >= packed_m_blocks(entry.q_seq.stored, group, kTileM)) return false;
   entry.k_seq = cache_seqlen_info(p, batch);
   entry.mask =
@@ -90,26 +111,39 @@ FA_DEVICE bool decode_entry(const DecodeParams& p, const DecodeLaunch& launch, i
   const int first = launch.by_group.divide(m_block * kTileM);
   const int last = launch.by_group.divide(m_block * kTileM + kTileM - 1);
   if (first < entry.q_seq.seqlen)
-    entry.blocks = key_blocks(entry.mask, {first, min(last + 1, entry.q_seq.seqlen)}, kDecodeTileN);
+    entry.blocks =
+        key_blocks(entry.mask, {first, min(last + 1, entry.q_seq.seqlen)}, Shape::kTileN);
   return true;
 }
 
-// Positions of one tile: its blocks; at least one, so that every tile is visited.
-FA_DEVICE int tile_positions(const DecodeParams& p, const DecodeEntry& entry) {
-  return p.num_splits == 1 ? 1 : max(1, entry.blocks.size());
+// Positions of one tile: its blocks; at least one, so that every tile is visited. Where several
+// tiles read the same keys and a causal mask makes them differ by an eighth at most, as many as the
+// last one's, so that all are cut at the same keys and CTAs read them at the same time, from L2.
+template <class Shape>
+FA_DEVICE int tile_positions(const DecodeParams& p, const DecodeLaunch& launch,
+                             const DecodeEntry& entry) {
+  if (p.num_splits == 1) return 1;
+  const int blocks = entry.blocks.size();
+  if (blocks <= 0) return 1;
+  if (Shape::kTileM != kDecodeWgmmaRows) return blocks;
+  const Range last_keys = key_range(entry.mask, entry.mask.seqlen_q - 1);
+  const int most = ceil_div(last_keys.end, Shape::kTileN);
+  const bool is_alike = entry.blocks.begin == 0 && 8 * blocks >= 7 * most;
+  return (is_alike ? max(blocks, most) : blocks) + launch.tile_start;
 }
 
 // Shared memory beside the ring.
+template <int kThreads>
 struct DecodeShared {
   DecodeItem items[3];  // item i at i % 3: the one before, this one and the next; end < 0: none
   DecodeCursor cursor;
-  int warp_total[kDecodeThreads / kWarpSize], warp_longest[kDecodeThreads / kWarpSize];
+  int warp_total[kThreads / kWarpSize], warp_longest[kThreads / kWarpSize];
   bool is_last;
 };
 
 // The item at the cursor: its entry is there and has some of the offset's positions. Moves the
 // cursor behind it.
-template <bool kAppends>
+template <class Shape>
 FA_DEVICE void take_item(const DecodeParams& p, int positions, DecodeCursor& cursor,
                          DecodeItem& item) {
   const DecodeEntry& entry = item.entry;
@@ -128,7 +162,9 @@ FA_DEVICE void take_item(const DecodeParams& p, int positions, DecodeCursor& cur
   const bool paged = p.page_table != nullptr;
   const int row = p.cache_batch_idx == nullptr ? entry.batch : p.cache_batch_idx[entry.batch];
   item.cache = clamp(row, 0, (paged ? p.page_table_rows : p.num_caches) - 1);
-  if constexpr (kAppends) {
+  if constexpr (Shape::kMayAppend) {
+    item.appended_at = entry.k_seq.seqlen;
+    if (p.append.k == nullptr) return;
     const int cache_seqlen = p.append.cache_seqlens[entry.batch];
     item.appended_at = cache_seqlen - entry.k_seq.leftpad;
     item.rotary_base =
@@ -144,7 +180,7 @@ FA_DEVICE void find_sharers(const WorkSplit& split, DecodeItem& item) {
 }
 
 // The next item of this CTA, and the cursor behind it. One thread.
-template <int kTileM, bool kAppends>
+template <class Shape>
 FA_DEVICE void next_item(const DecodeParams& p, const DecodeLaunch& launch, DecodeCursor& cursor,
                          DecodeItem& item) {
   item.end = -1;
@@ -153,21 +189,23 @@ FA_DEVICE void next_item(const DecodeParams& p, const DecodeLaunch& launch, Deco
   int positions;
 #pragma unroll 1
   for (;; ++cursor.entry) {
-    if (!decode_entry<kTileM>(p, launch, cursor.entry, entry)) continue;
-    positions = tile_positions(p, entry);
+    if (!decode_entry<Shape>(p, launch, cursor.entry, entry)) continue;
+    positions = tile_positions<Shape>(p, launch, entry);
     if (cursor.offset < positions * p.num_heads_kv) break;
     cursor.offset -= positions * p.num_heads_kv;
   }
-  take_item<kAppends>(p, positions, cursor, item);
+  take_item<Shape>(p, positions, cursor, item);
 }
 
-// The share of this CTA: counts the positions of all entries, 128 threads side by side; the thread
+// The share of this CTA: counts the positions of all entries, all threads side by side; the thread
 // whose entries have the begin of the share finds the first item. false: this CTA has none.
-template <int kTileM, bool kAppends>
-FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch, DecodeShared& shared) {
+template <class Shape>
+FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch,
+                          DecodeShared<Shape::kThreads>& shared) {
+  constexpr int kThreads = Shape::kThreads;
   const int m_blocks = launch.by_m_blocks.divisor();
   const int num_entries = (p.batch_size + (p.seqlens_q.cu_seqlens != nullptr)) * m_blocks;
-  const int per_thread = ceil_div(num_entries, kDecodeThreads);
+  const int per_thread = ceil_div(num_entries, kThreads);
   const int first = threadIdx.x * per_thread, end = min(num_entries, first + per_thread);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   int sum = 0, longest = 0;
@@ -175,8 +213,8 @@ FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch, Dec
   int positions = 1;
 #pragma unroll 1
   for (int at = first; at < end; ++at) {
-    if (decode_entry<kTileM>(p, launch, at, entry)) {
-      positions = tile_positions(p, entry);
+    if (decode_entry<Shape>(p, launch, at, entry)) {
+      positions = tile_positions<Shape>(p, launch, entry);
       sum += positions * p.num_heads_kv;
       longest = max(longest, positions);
     } else {
@@ -198,7 +236,7 @@ FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch, Dec
   __syncthreads();  // the totals of all warps are there
   int total = 0;
   FA_UNROLL
-  for (int w = 0; w < kDecodeThreads / kWarpSize; ++w) {
+  for (int w = 0; w < kThreads / kWarpSize; ++w) {
     if (w < warp) before += shared.warp_total[w];
     total += shared.warp_total[w];
     longest = max(longest, shared.warp_longest[w]);
@@ -206,18 +244,21 @@ FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch, Dec
   if (total == 0) return false;
   // Uncut, a position is a whole tile.
   const int num_ctas = gridDim.x;
-  const WorkSplit split = p.num_splits == 1
+  const int rows = p.seqlens_q.max_seqlen * launch.by_group.divisor();
+  const bool evenly = p.num_splits == 1 ||
+                      (p.num_splits == 0 && splits_evenly(total, num_ctas, Shape::kTileM, rows));
+  const WorkSplit split = evenly
                               ? WorkSplit{total, ceil_div(total, num_ctas)}
-                              : split_work(total, num_ctas, p.num_splits, longest, kTileM);
+                              : split_work(total, num_ctas, p.num_splits, longest, Shape::kTileM);
   const int begin = blockIdx.x * split.per_part;
   if (begin >= total) return false;
   if (before <= begin && begin < before + sum) {
     shared.cursor = {first, begin - before, begin, min(total, begin + split.per_part), split};
     if (per_thread == 1) {
       shared.items[0].entry = entry;
-      take_item<kAppends>(p, positions, shared.cursor, shared.items[0]);
+      take_item<Shape>(p, positions, shared.cursor, shared.items[0]);
     } else {
-      next_item<kTileM, kAppends>(p, launch, shared.cursor, shared.items[0]);
+      next_item<Shape>(p, launch, shared.cursor, shared.items[0]);
     }
   }
   __syncthreads();  // the first item is there

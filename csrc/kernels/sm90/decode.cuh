@@ -1,0 +1,567 @@
+// Attention of many rows against a KV cache on Hopper: TMA copies and wgmma products, where
+// mma.sync would be the limit. Rows are the query heads of one KV head and their queries.
+//
+// One CTA to an SM takes an equal share of all key blocks (core/decode_schedule.h), counted on the
+// device, and walks the tiles in it, from the last block of each to the first. In the producer
+// warpgroup one thread finds the items, one warp starts the copies; each consumer warpgroup
+// computes 64 rows, as the forward does (fwd.cuh):
+//   for n_block of the item:  S = Q K^T;  meanwhile O += P V of the block before;
+//                                    mask(S);  P = softmax weights of S
+// Memory: per consumer warpgroup smem_q [64, head_dim], then num_stages of smem_k and of smem_v
+// [tile_n, head_dim], in slabs of 64 columns with 128-byte swizzle, then barriers and DecodeShared.
+// Pages: a block is copied in boxes that are part of one page each, a lane to a box.
+// A tile that is cut leaves its results in global memory. A second kernel, whose start-up overlaps
+// the end of the first, merges them: CTA i takes its share of the rows of the tiles of which CTA i
+// had a part. The last CTA of a tile to arrive, alone, would take longer for many rows.
+// Keys behind the end of a sequence, and pages of nobody, may hold anything, also NaN: K's are
+// masked, V's are overwritten with zeros in shared memory. Numbers: docs/performance/decode.md.
+#pragma once
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "attention/apply_mask.h"
+#include "attention/steady_softmax.h"
+#include "core/split.h"
+#include "kernels/launch.h"
+#include "kernels/sm80/decode_output.h"
+#include "kernels/sm80/decode_work.h"
+#include "kernels/tensor_map.h"
+#include "ptx/barrier.h"
+#include "ptx/cp_async.h"
+#include "ptx/grid_dependency.h"
+#include "ptx/shared_memory.h"
+#include "ptx/tma.h"
+#include "ptx/warpgroup.h"
+#include "tile/mma_sm90.h"
+#include "tile/pipeline.h"
+#include "tile/smem_tile_sm90.h"
+#include "tile/store_sm90.h"
+
+namespace fa {
+
+// What the launcher adds to the parameters.
+struct WgmmaDecodeLaunch {
+  CUtensorMap k, v;  // a cache or a page is a batch entry
+  DecodeLaunch common;
+  float threshold;     // kMaxWeightLog2 / common.scale
+  int box_rows;        // keys that one copy brings: a block, or a page's part of it
+  uint64_t l2_policy;  // of K and V
+};
+
+template <int kHeadDim, DecodeTiles kTiles>
+struct WgmmaDecodeLayout {
+  static constexpr FwdTileConfig kTile = sm90_decode_tile_config(kHeadDim, kTiles);
+  static constexpr int kConsumers = kTile.num_warps / 4;  // warpgroups
+  static constexpr int kThreads = fwd_num_threads(Arch::kSm90, kTile);
+  static constexpr int kRows = 64;  // of a warpgroup
+  // Finding an item takes more registers than the scheduler of the forward has.
+  static constexpr WarpgroupRegisters kRegisters{168, 56, 224};
+  static_assert(kConsumers == 2 && kTile.tile_m == kRows * kConsumers);
+
+  using Shape = DecodeShape<kTile.tile_m, kTile.tile_n, kThreads, false>;
+  using Shared = DecodeShared<kThreads>;
+  using TileQ = SwizzledTile<kRows, kHeadDim>;
+  using TileKV = SwizzledTile<kTile.tile_n, kHeadDim>;
+  using KvPipeline = Pipeline<kTile.num_stages>;
+  using ItemPipeline = Pipeline<3>;  // of DecodeShared::items
+
+  static constexpr int kK = kConsumers * TileQ::kBytes;
+  static constexpr int kV = kK + kTile.num_stages * TileKV::kBytes;
+  static constexpr int kKBarriers = kV + kTile.num_stages * TileKV::kBytes;
+  static constexpr int kVBarriers = kKBarriers + KvPipeline::kBarrierBytes;
+  static constexpr int kItemBarriers = kVBarriers + KvPipeline::kBarrierBytes;
+  static constexpr int kShared = kItemBarriers + ItemPipeline::kBarrierBytes;
+  static constexpr int kSmemBytes = sm90_decode_smem_bytes(kHeadDim, kTiles);
+  static_assert(kShared + static_cast<int>(sizeof(Shared)) <= kSmemBytes);
+
+  static FA_DEVICE TileQ smem_q(uint32_t smem, int warpgroup) {
+    return {smem + warpgroup * TileQ::kBytes};
+  }
+  static FA_DEVICE TileKV smem_k(uint32_t smem, int stage) {
+    return {smem + kK + stage * TileKV::kBytes};
+  }
+  static FA_DEVICE TileKV smem_v(uint32_t smem, int stage) {
+    return {smem + kV + stage * TileKV::kBytes};
+  }
+  static FA_DEVICE void init_barriers(uint32_t smem) {
+    KvPipeline::init(smem + kKBarriers, kTile.num_warps);
+    KvPipeline::init(smem + kVBarriers, kTile.num_warps);
+    ItemPipeline::init(smem + kItemBarriers, kTile.num_warps + 1);  // and the loader
+    ptx::fence_mbarrier_init();
+  }
+};
+
+// The thread that finds the items, up to three ahead. find_share() has found the first.
+template <class Layout>
+FA_DEVICE void find_decode_items(const DecodeParams& p, const DecodeLaunch& launch,
+                                 typename Layout::Shared& shared, uint32_t smem) {
+  auto slot = Layout::ItemPipeline::producer(smem + Layout::kItemBarriers);
+#pragma unroll 1
+  for (bool is_first = true;; is_first = false) {
+    DecodeItem& item = shared.items[slot.stage];
+    slot.wait_empty();
+    if (!is_first) next_item<typename Layout::Shape>(p, launch, shared.cursor, item);
+    const bool exists = item.end >= 0;
+    if (exists) find_sharers(shared.cursor.split, item);
+    ptx::mbarrier_arrive(slot.full());
+    if (!exists) return;
+    slot.advance();
+  }
+}
+
+// The warp that starts all copies: each lane has a box of a block, the slabs of a row by turns.
+template <class Layout>
+struct WgmmaDecodeLoader {
+  using TileKV = typename Layout::TileKV;
+  static constexpr int kTileN = Layout::kTile.tile_n;
+
+  const DecodeParams& p;
+  const WgmmaDecodeLaunch& launch;
+  uint32_t smem;
+  int lane;
+  typename Layout::KvPipeline k, v;
+
+  FA_DEVICE WgmmaDecodeLoader(const DecodeParams& params, const WgmmaDecodeLaunch& decode_launch,
+                              uint32_t smem_base)
+      : p(params),
+        launch(decode_launch),
+        smem(smem_base),
+        lane(threadIdx.x % kWarpSize),
+        k(Layout::KvPipeline::producer(smem_base + Layout::kKBarriers)),
+        v(Layout::KvPipeline::producer(smem_base + Layout::kVBarriers)) {}
+
+  FA_DEVICE void run(typename Layout::Shared& shared) {
+    auto slot = Layout::ItemPipeline::consumer(smem + Layout::kItemBarriers);
+#pragma unroll 1
+    while (true) {
+      slot.wait_full();
+      const DecodeItem& item = shared.items[slot.stage];
+      if (item.end < 0) return;
+      load(item);
+      __syncwarp();  // all lanes are done with the item
+      if (lane == 0) slot.release();
+      slot.advance();
+    }
+  }
+
+  // K of a block goes ahead of V of the block before, as they are needed.
+  FA_DEVICE void load(const DecodeItem& item) {
+    int block = item.end - 1;
+    if (block < item.begin) return;
+    ptx::BoxOrigin at = box(item, block);
+    load_tile(k, &launch.k, Layout::smem_k(smem, k.stage), at);
+#pragma unroll 1
+    while (--block >= item.begin) {
+      const ptx::BoxOrigin next = box(item, block);
+      load_tile(k, &launch.k, Layout::smem_k(smem, k.stage), next);
+      load_tile(v, &launch.v, Layout::smem_v(smem, v.stage), at);
+      at = next;
+    }
+    load_tile(v, &launch.v, Layout::smem_v(smem, v.stage), at);
+  }
+
+  // Where this lane's box of a block is. Behind the last key: any page of the pool.
+  FA_DEVICE ptx::BoxOrigin box(const DecodeItem& item, int block) const {
+    const SeqlenInfo& seq = item.entry.k_seq;
+    const int column = lane % TileKV::kSlabs * TileKV::kSlabCols;
+    const int row = block * kTileN + lane / TileKV::kSlabs * launch.box_rows;
+    if (p.page_table == nullptr) return {column, seq.leftpad + row, item.head_kv, item.cache};
+    const auto [at, row_in_page] = divide(min(row, seq.seqlen - 1), launch.common.by_page);
+    const int page = p.page_table[item.cache * p.page_table_batch_stride + at];
+    const bool exists = row < seq.seqlen;
+    return {column, exists ? row_in_page : 0, item.head_kv, clamp(page, 0, p.num_caches - 1)};
+  }
+
+  FA_DEVICE void load_tile(typename Layout::KvPipeline& pipeline, const void* map, TileKV tile,
+                           ptx::BoxOrigin at) {
+    pipeline.wait_empty();
+    if (lane == 0) ptx::mbarrier_arrive_expect_tx(pipeline.full(), TileKV::kBytes);
+    __syncwarp();  // the bytes are announced
+    if (lane < TileKV::kSlabs * (kTileN / launch.box_rows)) {
+      const int first_row = lane / TileKV::kSlabs * launch.box_rows;
+      ptx::cp_async_bulk_tensor_4d(tile.base + lane % TileKV::kSlabs * TileKV::kSlabBytes +
+                                       first_row * TileKV::kSlabRowBytes,
+                                   map, at, pipeline.full(), launch.l2_policy);
+    }
+    pipeline.advance();
+  }
+};
+
+// The two tiles of each CTA that may be cut, behind the results in the workspace.
+template <int kHeadDim>
+struct CutTiles {
+  static_assert(sizeof(DecodeItem) <= 4 * kDecodeItemWords && sizeof(DecodeItem) % 4 == 0);
+  int* words;
+
+  FA_DEVICE explicit CutTiles(const DecodeParams& p)
+      : words(reinterpret_cast<int*>(p.partial) +
+              decode_partial_words(gridDim.x, kDecodeWgmmaRows, kHeadDim)) {}
+
+  // Tile 0 begins in a CTA before this one, tile 1 in this one; first_cta < 0: is not cut.
+  FA_DEVICE DecodeItem& item(int which) const {
+    return *reinterpret_cast<DecodeItem*>(words + (2 * blockIdx.x + which) * kDecodeItemWords);
+  }
+  FA_DEVICE void clear() const { item(0).first_cta = item(1).first_cta = -1; }
+  // By one warp.
+  FA_DEVICE void put(const DecodeItem& cut, int lane) const {
+    const int* from = reinterpret_cast<const int*>(&cut);
+    int* to = reinterpret_cast<int*>(&item(static_cast<int>(blockIdx.x) == cut.first_cta));
+    for (int i = lane; i < static_cast<int>(sizeof(DecodeItem) / 4); i += kWarpSize)
+      to[i] = from[i];
+  }
+};
+
+// A warpgroup's computation.
+template <class T, int kHeadDim, DecodeTiles kTiles>
+struct WgmmaDecodeConsumer {
+  using Layout = WgmmaDecodeLayout<kHeadDim, kTiles>;
+  using Shape = typename Layout::Shape;
+  static constexpr int kTileM = Shape::kTileM, kTileN = Shape::kTileN;
+  static constexpr int kN = kTileN / 8, kD = kHeadDim / 8;
+  static constexpr int kWarps = Layout::kTile.num_warps, kThreads = kWarps * kWarpSize;
+  static constexpr int kFirstOwnBarrier = 1;  // named barriers
+  using Scores = AccumTile<1, kN>;
+  using Weights = AFragments<1, kN / 2>;
+  using Output = AccumTile<1, kD>;
+  using Softmax = SteadySoftmax<T, 1>;
+  using Results = DecodeOutput<T, kHeadDim, kTileM, kWarps>;
+
+  const DecodeParams& p;
+  const WgmmaDecodeLaunch& launch;
+  typename Layout::Shared& shared;
+  uint32_t smem;
+  int warpgroup, warp, lane;  // among the consumers
+  typename Layout::KvPipeline k, v;
+
+  FA_DEVICE WgmmaDecodeConsumer(const DecodeParams& params, const WgmmaDecodeLaunch& decode_launch,
+                                typename Layout::Shared& decode_shared, uint32_t smem_base,
+                                int consumer)
+      : p(params),
+        launch(decode_launch),
+        shared(decode_shared),
+        smem(smem_base),
+        warpgroup(consumer),
+        warp(consumer * 4 + threadIdx.x / kWarpSize % 4),
+        lane(threadIdx.x % kWarpSize),
+        k(Layout::KvPipeline::consumer(smem_base + Layout::kKBarriers)),
+        v(Layout::KvPipeline::consumer(smem_base + Layout::kVBarriers)) {}
+
+  FA_DEVICE float scale_log2() const { return launch.common.scale; }
+  FA_DEVICE int first_row(const DecodeItem& item) const { return item.entry.m_block * kTileM; }
+  // Rows of the tile that attend.
+  FA_DEVICE int num_rows(const DecodeItem& item) const {
+    return min(kTileM,
+               item.entry.q_seq.seqlen * launch.common.by_group.divisor() - first_row(item));
+  }
+  // Row r of this lane in the tile.
+  FA_DEVICE int tile_row(int r) const { return 16 * warp + 8 * r + lane / 4; }
+
+  FA_DEVICE void run() {
+    auto slot = Layout::ItemPipeline::consumer(smem + Layout::kItemBarriers);
+#pragma unroll 1
+    while (true) {
+      slot.wait_full();
+      const DecodeItem& item = shared.items[slot.stage];
+      if (item.end < 0) return;
+      compute(item);
+      release(slot);
+      slot.advance();
+    }
+  }
+
+  // Everything about one item.
+  FA_DEVICE void compute(const DecodeItem& item) {
+    Output acc_o;
+    acc_o.clear();
+    Softmax softmax;
+    if (item.begin < item.end && Layout::kRows * warpgroup < num_rows(item)) {
+      load_q(item);
+      Weights weights;
+      int block = item.end - 1;
+      first_step(weights, softmax, item, block);
+#pragma unroll 1
+      while (block != item.begin) step(weights, acc_o, softmax, item, --block);
+      v.wait_full();
+      issue_pv(acc_o, weights);
+      softmax.finish(RowsOfWarp{});
+      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_fence_operand(acc_o.x[0]);
+      release(v);
+      v.advance();
+    } else {
+      skip(item.end - item.begin);
+    }
+    store(item, softmax, acc_o);
+  }
+
+  // Releases blocks that only the other warpgroup needs.
+  FA_DEVICE void skip(int num_blocks) {
+#pragma unroll 1
+    for (; num_blocks > 0; --num_blocks) {
+      k.wait_full();
+      release(k);
+      k.advance();
+      v.wait_full();
+      release(v);
+      v.advance();
+    }
+  }
+
+  // This warpgroup's rows of Q, zeros where there is none.
+  FA_DEVICE void load_q(const DecodeItem& item) const {
+    constexpr int kChunks = kHeadDim / 8;
+    const auto tile = Layout::smem_q(smem, warpgroup);
+    const DecodeEntry& entry = item.entry;
+    const int first = Layout::kRows * warpgroup, rows = num_rows(item) - first;
+    sync_warpgroup();  // all warps are done with the rows before
+#pragma unroll 4
+    for (int i = threadIdx.x % kWarpgroupSize; i < Layout::kRows * kChunks; i += kWarpgroupSize) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      const auto [token, in_group] = divide(first_row(item) + first + row, launch.common.by_group);
+      const bool exists = row < rows && chunk * 8 < p.head_dim;
+      const int64_t offset =
+          element_offset(p.q_strides.batch, p.q_strides.token, p.q_strides.head, entry.batch,
+                         entry.q_seq.first_row + token,
+                         item.head_kv * launch.common.by_group.divisor() + in_group) +
+          chunk * 8;
+      ptx::cp_async_cg_16(tile.chunk_address(row, chunk),
+                          static_cast<const T*>(p.q) + (exists ? offset : 0), exists ? 16 : 0);
+    }
+    ptx::cp_async_commit_group();
+    ptx::cp_async_wait_group<0>();
+    ptx::fence_proxy_async();  // before wgmma reads them
+    sync_warpgroup();          // all rows are there
+  }
+
+  // S = Q K^T of the first block, and its weights. No product is under way behind it.
+  FA_DEVICE void first_step(Weights& weights, Softmax& softmax, const DecodeItem& item, int block) {
+    Scores acc_s;
+    k.wait_full();
+    issue_qk(acc_s);
+    ptx::wgmma_wait_group<0>();
+    ptx::wgmma_fence_operand(acc_s.x[0]);
+    release(k);
+    k.advance();
+    mask(acc_s, item, block);
+    softmax.start(acc_s, scale_log2(), launch.threshold);
+    softmax.weigh_far(acc_s, scale_log2());
+    weights = as_a_operand<T>(acc_s);
+    clear_values_behind(item, block);
+  }
+
+  // S and weights of a block, and meanwhile O += P V of the block before.
+  FA_DEVICE void step(Weights& weights, Output& acc_o, Softmax& softmax, const DecodeItem& item,
+                      int block) {
+    Scores acc_s;
+    k.wait_full();
+    issue_qk(acc_s);
+    v.wait_full();
+    issue_pv(acc_o, weights);
+    ptx::wgmma_wait_group<1>();  // S is complete, K read
+    ptx::wgmma_fence_operand(acc_s.x[0]);
+    release(k);
+    k.advance();
+    mask(acc_s, item, block);
+    float factor[Softmax::kRows];
+    const bool moved = softmax.follow(acc_s, scale_log2(), launch.threshold, factor);
+    softmax.weigh_far(acc_s, scale_log2());
+    ptx::wgmma_wait_group<0>();  // O is complete, V and the weights read
+    ptx::wgmma_fence_operand(acc_o.x[0]);
+    release(v);
+    v.advance();
+    if (moved) Softmax::rescale(acc_o, factor);
+    weights = as_a_operand<T>(acc_s);
+  }
+
+  FA_DEVICE void issue_qk(Scores& acc_s) const {
+    ptx::wgmma_fence_operand(acc_s.x[0]);
+    ptx::wgmma_fence();
+    warpgroup_gemm_abt<T>(acc_s, Layout::smem_q(smem, warpgroup), Layout::smem_k(smem, k.stage));
+    ptx::wgmma_commit_group();
+  }
+  FA_DEVICE void issue_pv(Output& acc_o, const Weights& weights) const {
+    ptx::wgmma_fence_operand(acc_o.x[0]);
+    ptx::wgmma_fence();
+    warpgroup_gemm_ab<T>(acc_o, weights, Layout::smem_v(smem, v.stage));
+    ptx::wgmma_commit_group();
+  }
+  template <class Pipeline>
+  FA_DEVICE void release(const Pipeline& pipeline) const {
+    __syncwarp();  // all lanes are done with the buffer
+    if (lane == 0) pipeline.release();
+  }
+  FA_DEVICE void sync_warpgroup() const {
+    ptx::bar_sync(kFirstOwnBarrier + warpgroup, kWarpgroupSize);
+  }
+
+  FA_DEVICE void mask(Scores& acc_s, const DecodeItem& item, int block) const {
+    const DecodeEntry& entry = item.entry;
+    if (block < entry.blocks.full_end && block >= entry.blocks.full_begin) return;
+    const int first_col = block * kTileN;
+    FA_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int query = launch.common.by_group.divide(first_row(item) + tile_row(r));
+      const Range keys = key_range(entry.mask, query);
+      keep_columns(acc_s, r, keys.begin - first_col, keys.size(), lane);
+    }
+  }
+
+  // Rows of V behind the sequence, whose weights are 0, become 0: 0 * NaN would be NaN.
+  FA_DEVICE void clear_values_behind(const DecodeItem& item, int block) const {
+    const int num_keys = item.entry.k_seq.seqlen - block * kTileN;
+    if (num_keys >= kTileN) return;
+    v.wait_full();
+    constexpr int kChunks = kHeadDim / 8;
+    const auto tile = Layout::smem_v(smem, v.stage);
+    for (int i = num_keys * kChunks + static_cast<int>(threadIdx.x % kWarpgroupSize);
+         i < kTileN * kChunks; i += kWarpgroupSize)
+      ptx::st_shared_v4(tile.chunk_address(i / kChunks, i % kChunks), uint4{0, 0, 0, 0});
+    ptx::fence_proxy_async();  // before wgmma reads them
+    sync_warpgroup();          // all of them are written
+  }
+
+  // A result of all keys goes to out, another one waits for those of the other CTAs.
+  FA_DEVICE void store(const DecodeItem& item, const Softmax& softmax, const Output& acc_o) {
+    const Results results{p, launch.common};
+    const int rows = results.stored_rows(item);
+    if (item.entry.batch >= p.batch_size) {  // rows of no sequence
+      for (int i = threadIdx.x - kWarpgroupSize; i < rows * Results::kColumnGroups; i += kThreads)
+        results.store_row(item, i / Results::kColumnGroups, i % Results::kColumnGroups * 4, {});
+      return;
+    }
+    if (item.is_whole) return store_whole(results, item, rows, softmax, acc_o);
+    FA_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      if (tile_row(r) >= rows) continue;
+      float* to = results.own_partial(item) + tile_row(r) * Results::kResultWords;
+      FA_UNROLL
+      for (int d = 0; d < kD; ++d) {
+        *reinterpret_cast<float2*>(to + 8 * d + lane % 4 * 2) = {acc_o.x[0][d][2 * r],
+                                                                 acc_o.x[0][d][2 * r + 1]};
+      }
+      // A whole sector of 32 bytes, of which L2 would read the rest from memory.
+      if (lane % 4 < 2)
+        *reinterpret_cast<float4*>(to + kHeadDim + lane % 4 * 4) = {
+            softmax.row_max[r] * scale_log2(), softmax.row_sum[r], 0.f, 0.f};
+    }
+    if (warp == 0) CutTiles<kHeadDim>(p).put(item, lane);
+  }
+
+  FA_DEVICE void store_whole(const Results& results, const DecodeItem& item, int rows,
+                             const Softmax& softmax, const Output& acc_o) const {
+    FA_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const auto to = results.row_of(item, tile_row(r));
+      const bool is_stored = tile_row(r) < rows, exists = tile_row(r) < num_rows(item);
+      store_row_by_quad(results.out_row(item, to), acc_o.x[0], r, output_scale(softmax.row_sum[r]),
+                        !exists, is_stored, p.head_dim_v, lane);
+      if (lane % 4 == 0 && is_stored) *to.lse = exists ? softmax.lse(r, scale_log2()) : -INFINITY;
+    }
+  }
+};
+
+template <class T, int kHeadDim, DecodeTiles kTiles>
+__global__ void __launch_bounds__(WgmmaDecodeLayout<kHeadDim, kTiles>::kThreads, 1)
+    wgmma_decode_kernel(const __grid_constant__ WgmmaDecodeLaunch launch,
+                        const __grid_constant__ DecodeParams p) {
+  using Layout = WgmmaDecodeLayout<kHeadDim, kTiles>;
+  extern __shared__ __align__(1024) char smem[];
+  const uint32_t smem_base = ptx::cvta_to_shared(smem);
+  auto& shared = *reinterpret_cast<typename Layout::Shared*>(smem + Layout::kShared);
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensormap(&launch.k);
+    ptx::prefetch_tensormap(&launch.v);
+    Layout::init_barriers(smem_base);
+    CutTiles<kHeadDim>(p).clear();
+  }
+  ptx::griddepcontrol_launch_dependents();
+  if (!find_share<typename Layout::Shape>(p, launch.common, shared)) return;  // meets all threads
+  const int warpgroup = ptx::warpgroup_index();
+  if (warpgroup == 0) {
+    ptx::setmaxnreg_dec<Layout::kRegisters.producer>();
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
+    if (warp == 0) WgmmaDecodeLoader<Layout>(p, launch, smem_base).run(shared);
+    if (threadIdx.x == kWarpSize) find_decode_items<Layout>(p, launch.common, shared, smem_base);
+  } else {
+    ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
+    WgmmaDecodeConsumer<T, kHeadDim, kTiles>(p, launch, shared, smem_base, warpgroup - 1).run();
+  }
+}
+
+constexpr int kMergeThreads = 256;
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_decode_kernel(const __grid_constant__ DecodeLaunch launch,
+                        const __grid_constant__ DecodeParams p) {
+  constexpr int kWarps = kMergeThreads / kWarpSize;
+  const DecodeOutput<T, kHeadDim, kDecodeWgmmaRows, kWarps> output{p, launch};
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  ptx::griddepcontrol_wait();
+  const CutTiles<kHeadDim> cut(p);
+  const bool first_is_cut = cut.item(0).first_cta >= 0, second_is_cut = cut.item(1).first_cta >= 0;
+#pragma unroll 1
+  for (int which = 0; which < 2; ++which) {
+    if (!(which == 0 ? first_is_cut : second_is_cut)) continue;
+    const DecodeItem& item = cut.item(which);
+    const Range rows{0, output.stored_rows(item)};
+    const int num_parts = item.last_cta - item.first_cta + 1;
+    output.merge_parts(item, split_range(rows, blockIdx.x - item.first_cta, num_parts), warp, lane);
+  }
+}
+
+template <class T, int kHeadDim>
+cudaError_t launch_merge(const DecodeParams& p, const DecodeLaunch& launch, cudaStream_t stream) {
+  cudaLaunchAttribute overlaps{};
+  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlaps.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(p.num_ctas);
+  config.blockDim = dim3(kMergeThreads);
+  config.stream = stream;
+  config.attrs = &overlaps;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, merge_decode_kernel<T, kHeadDim>, launch, p);
+}
+
+template <class T, int kHeadDim, DecodeTiles kTiles>
+int launch_wgmma_decode_kernel(const DecodeParams& p, cudaStream_t stream) {
+  using Layout = WgmmaDecodeLayout<kHeadDim, kTiles>;
+  constexpr auto kKernel = wgmma_decode_kernel<T, kHeadDim, kTiles>;
+  constexpr int kTileN = Layout::kTile.tile_n;
+  WgmmaDecodeLaunch launch;
+  launch.common = decode_launch(p);
+  launch.threshold = kMaxWeightLog2<T> / launch.common.scale;
+  const bool reads_once = launch.common.by_m_blocks.divisor() == 1;  // one tile to a KV head
+  launch.l2_policy = reads_once ? ptx::kL2EvictFirst : ptx::kL2EvictLast;
+  launch.box_rows = p.page_table == nullptr ? kTileN : min(p.page_size, kTileN);
+  const int rows = p.page_table == nullptr ? p.seqlens_k.max_seqlen : p.page_size;
+  const auto address = [&](const void* cache) {
+    return cache == nullptr ? p.q : cache;  // no key at all: it is not read
+  };
+  const HeadTensor k{address(p.k), p.k_strides, p.num_caches, rows, p.num_heads_kv, p.head_dim};
+  const HeadTensor v{address(p.v), p.v_strides, p.num_caches, rows, p.num_heads_kv, p.head_dim_v};
+  // 128 bytes are a row of a box: 256 are 3 to 8 % slower where memory is the limit (H200).
+  constexpr CUtensorMapL2promotion kPromotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
+  cudaError_t error = encode_tensor_map(launch.k, p.dtype, k, launch.box_rows, kPromotion);
+  if (error == cudaSuccess)
+    error = encode_tensor_map(launch.v, p.dtype, v, launch.box_rows, kPromotion);
+  if (error == cudaSuccess) error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
+  if (error != cudaSuccess) return error;
+  kKernel<<<p.num_ctas, Layout::kThreads, Layout::kSmemBytes, stream>>>(launch, p);
+  error = cudaGetLastError();
+  return error != cudaSuccess ? error : launch_merge<T, kHeadDim>(p, launch.common, stream);
+}
+
+template <class T, int kHeadDim>
+int launch_decode_wgmma(const DecodeParams& p, cudaStream_t stream) {
+  constexpr FwdTileConfig kFew = sm90_decode_tile_config(kHeadDim, DecodeTiles::kFew);
+  constexpr FwdTileConfig kMany = sm90_decode_tile_config(kHeadDim, DecodeTiles::kMany);
+  if (p.num_ctas == 0) return cudaSuccess;
+  if constexpr (!same_tile(kFew, kMany)) {
+    if (p.tile_n == kFew.tile_n)
+      return launch_wgmma_decode_kernel<T, kHeadDim, DecodeTiles::kFew>(p, stream);
+  }
+  return launch_wgmma_decode_kernel<T, kHeadDim, DecodeTiles::kMany>(p, stream);
+}
+
+}  // namespace fa
