@@ -161,6 +161,13 @@ CASES = {
     "16_rows_long": CacheCase(
         cache_seqlens=(4500, 0, 1), slots=4544, heads=(16, 1), head_dims=(128, 128), page_size=64
     ),
+    # A CTA has several tiles without a key one after the other, and then one with keys.
+    "empty_sequences": CacheCase(
+        cache_seqlens=((0,) * 5 + (40,)) * 100, slots=64, heads=(8, 4), seqlens_q=(1,) * 600
+    ),
+    "empty_tiles": CacheCase(
+        cache_seqlens=(300, 0, 129), slots=400, heads=(45, 5), seqlens_q=(200,) * 3, window=(-1, 0)
+    ),
     # Enough queries for the forward kernel of SM90.
     "prefill": CacheCase(heads=(36, 4), seqlens_q=(200, 200, 200), slots=400, window=(-1, 0)),
     "prefill_appended": CacheCase(

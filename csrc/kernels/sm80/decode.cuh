@@ -383,7 +383,10 @@ struct DecodeCta {
     AccumTile<1, kN> acc_s;
     acc_o.clear();
     softmax = {};
-    if (num_units == 0) return find_next();
+    if (num_units == 0) {
+      load_index = max(load_index, index);  // else it would fall out of the three items
+      return find_next();
+    }
     // One body for all, so that there are few instructions; below unit 0 the ring fills. A unit is
     // complete if at most kUnits - 2 groups are younger: every turn has made one, so there are that
     // many, empty ones included.
