@@ -95,13 +95,12 @@ def step(content: dict[str, Any]) -> Any:
     }
     for axes, (label, values) in zip(figure.subplots(1, 2), measures.items(), strict=True):
         bars = axes.bar(
-            [NAMES[name] for name in names],
-            [values[name] for name in names],
-            color=[COLORS[name] for name in names],
+            names, [values[name] for name in names], color=[COLORS[name] for name in names]
         )
         axes.bar_label(bars, fmt="%.3g", size=8)
-        axes.tick_params(axis="x", labelsize=7)
+        axes.set_xticks([])
         axes.set_ylabel(label)
+    _legend(figure, axes, names)
     return figure
 
 
