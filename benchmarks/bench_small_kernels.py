@@ -389,7 +389,7 @@ def main(argv: list[str]) -> int:
         "--device", type=torch.device, default=None, help="default: cuda if present"
     )
     parser.add_argument("--only", default="", help="measure only the ops whose name contains this")
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=None, help="result file, or its folder")
     options = parser.parse_args(argv)
 
     device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -413,7 +413,9 @@ def main(argv: list[str]) -> int:
 
     env = common.environment(device)
     env["flash_attn_ext"] = flash_attn_ext.__version__
-    path = options.out or common.RESULTS / common.device_slug(env["device"]) / "small_kernels.json"
+    path = options.out or common.RESULTS / common.device_slug(env["device"])
+    if path.suffix != ".json":
+        path /= "small_kernels.json"
     common.write_results(path, env, rows)
     short_rows = [row for row in rows if compared(row) < options.least]
     for row in short_rows:
