@@ -1,0 +1,154 @@
+"""make_plan of attention against a KV cache: which kernel, tile and number of CTAs."""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+from typing import Any
+
+import pytest
+from plan_problems import ALL, BUILT, DEVICES, problem, reasons
+
+
+@pytest.mark.parametrize("device", [*DEVICES])
+def test_decode_on_each_device(introspect: ModuleType, device: str) -> None:
+    """Two CTAs to an SM at most share out the blocks of 64 keys."""
+    major, _, num_sms, smem_kb = DEVICES[device]
+    own = "sm90" if major == 9 else "sm80"
+    for head_dim, dtype in itertools.product(BUILT, ("fp16", "bf16")):
+        sizes = {"head_dim": head_dim - 8, "head_dim_v": head_dim, "seqlen_k": 100_000}
+        plan = introspect.make_plan(
+            problem("decode", dtype=dtype, **sizes, seqlen_q=4), device, ALL
+        )
+        assert plan["kernel"] == f"{own}_decode_hdim{head_dim}_{dtype}"
+        assert plan["tile"] == (16, 64)
+        assert plan["num_ctas"] == min(2 * num_sms, 384)
+        assert plan["smem_bytes"] <= smem_kb * 1024
+        words = plan["num_ctas"] * (2 * 16 * (head_dim + 8) + 1)
+        assert plan["workspace_bytes"] == 4 * words
+
+
+FEW, MANY, WGMMA, WGMMA_FEW_TILES = (16, 64), (64, 64), (128, 128), (128, 64)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tile", "num_ctas"),
+    [
+        ({"seqlen_q": 1, "num_heads_kv": 1, "num_heads_q": 16}, FEW, 2 * 2),
+        ({"seqlen_q": 1, "num_heads_kv": 1, "num_heads_q": 17}, WGMMA_FEW_TILES, 2 * 2),
+        ({"seqlen_q": 16}, FEW, 2 * 4 * 2),
+        ({"seqlen_q": 17}, WGMMA_FEW_TILES, 2 * 4 * 2),
+        ({"seqlen_q": 129}, WGMMA, 2 * 4 * 2),
+        ({"seqlen_q": 17, "batch_size": 17}, WGMMA, 17 * 4),
+        ({"seqlen_q": 65, "softcap": True}, MANY, 2 * 4 * 2 * 2),
+        ({"seqlen_q": 1, "num_splits": 1}, MANY, 2 * 4),  # no tile is split
+        ({"seqlen_q": 1, "num_splits": 3}, FEW, 2 * 4 * 2),
+        ({"seqlen_q": 1, "seqlen_k": 0}, FEW, 2 * 4),
+        ({"seqlen_q": 1, "varlen": True, "total_q": 2}, FEW, 3 * 4 * 2),
+        ({"batch_size": 0}, WGMMA_FEW_TILES, 0),
+    ],
+)
+def test_decode_tile(
+    introspect: ModuleType, fields: dict[str, int], tile: tuple[int, int], num_ctas: int
+) -> None:
+    """Rows are queries and the query heads of one KV head; no more CTAs than blocks of keys."""
+    plan = introspect.make_plan(problem("decode", **fields), "h100", ALL)
+    assert (plan["tile"], plan["num_ctas"]) == (tile, num_ctas)
+    assert (plan["workspace_bytes"] == 0) == (fields.get("num_splits") == 1 or num_ctas == 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tile"),
+    [
+        ({}, WGMMA),
+        ({"dtype": "fp16", "head_dim": 56, "head_dim_v": 64}, WGMMA),
+        ({"num_splits": 2, "window_left": 100, "varlen": True, "total_q": 50}, WGMMA),
+        ({"leftpad": True}, WGMMA),
+        ({"page_size": 16}, WGMMA),
+        ({"page_size": 256}, WGMMA),
+        ({"page_size": 8}, MANY),
+        ({"page_size": 48}, MANY),
+        ({"page_size": 192}, MANY),
+        ({"leftpad": True, "page_size": 64}, MANY),
+        ({"head_dim": 96, "head_dim_v": 96}, MANY),
+        ({"broadcast": True}, MANY),
+        ({"softcap": True}, MANY),
+        ({"alibi": True}, MANY),
+        ({"positive_scale": False}, MANY),
+        ({"num_splits": 1}, MANY),
+    ],
+)
+def test_decode_of_many_rows(
+    introspect: ModuleType, fields: dict[str, Any], tile: tuple[int, int]
+) -> None:
+    """wgmma where TMA can copy the keys, with the plain softmax, and only on SM90."""
+    sizes = {"seqlen_q": 100, "seqlen_k": 100_000, "num_heads_kv": 1, "num_heads_q": 8}
+    asked = problem("decode", **{**sizes, **fields})
+    for device, expected in (("h100", tile), ("a100", MANY)):
+        plan = introspect.make_plan(asked, device, ALL)
+        assert plan["tile"] == expected
+        wgmma = expected[0] == 128
+        assert plan["num_threads"] == (384 if wgmma else 128)
+        assert plan["num_ctas"] <= (1 if wgmma else 2) * DEVICES[device][2]
+    assert introspect.make_plan(asked, "h100", ["sm80"])["tile"] == MANY
+
+
+@pytest.mark.parametrize(
+    ("fields", "tile"),
+    [
+        ({}, WGMMA_FEW_TILES),
+        ({"num_heads_q": 4 * 8}, FEW),
+        ({"seqlen_k": 1024}, FEW),
+        ({"batch_size": 9}, FEW),
+        ({"batch_size": 30, "seqlen_k": 32768}, WGMMA),
+        ({"batch_size": 30, "seqlen_k": 32768, "num_heads_q": 4}, WGMMA),
+        ({"batch_size": 30, "seqlen_k": 32768, "page_size": 64}, WGMMA),
+        ({"batch_size": 30, "seqlen_k": 32768, "page_size": 16}, FEW),
+        ({"batch_size": 128, "seqlen_k": 65536}, WGMMA),
+        ({"batch_size": 128, "seqlen_k": 65536, "page_size": 64}, FEW),
+        ({"batch_size": 128, "seqlen_k": 65536, "page_size": 256}, WGMMA),
+        ({"appends": True}, FEW),
+        ({"alibi": True}, FEW),
+        ({"head_dim": 256, "head_dim_v": 256}, FEW),
+    ],
+)
+def test_decode_of_16_rows(
+    introspect: ModuleType, fields: dict[str, Any], tile: tuple[int, int]
+) -> None:
+    """Few tiles of a long cache are cut so often that sharing the merge pays; many, of a very long
+    one, keep all SMs at work.
+    """
+    sizes = {"batch_size": 8, "seqlen_q": 1, "seqlen_k": 8192, "num_heads_kv": 4}
+    asked = problem("decode", **{**sizes, "num_heads_q": 4 * 16, **fields})
+    assert introspect.make_plan(asked, "h100", ALL)["tile"] == tile
+    assert introspect.make_plan(asked, "a100", ALL)["tile"] == FEW
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"dropout": True}, "dropout: decode has none"),
+        (
+            {"head_dim": 60},
+            "head_dim=60: decode takes multiples of 8, as it never copies a cache",
+        ),
+        (
+            {"head_dim_v": 60},
+            "head_dim_v=60: decode takes multiples of 8, as it never copies a cache",
+        ),
+        (
+            {"alignment_bytes": 8},
+            "alignment_bytes=8: decode reads 16 bytes at a time and never copies a cache",
+        ),
+        (
+            {"batch_size": 1 << 15, "seqlen_k": 1 << 22, "appends": True},
+            f"blocks of keys={1 << 34}: decode takes at most 2147483647",
+        ),
+        ({"head_dim": 264}, "head_dim=264: decode is built for 64, 96, 128, 192, 256"),
+        ({"dtype": "fp32"}, "dtype=fp32: decode is built for fp16, bf16"),
+    ],
+)
+def test_decode_refuses(introspect: ModuleType, fields: dict[str, Any], why: str) -> None:
+    sizes = {"num_heads_q": 8, "num_heads_kv": 8, "seqlen_q": 1}
+    expected = [f"sm90: {why}", f"sm80: {why}"]
+    assert reasons(introspect, problem("decode", **{**sizes, **fields}), "h100") == expected
