@@ -96,7 +96,7 @@ struct DecodeKernel {
 };
 inline DecodeKernel plan_decode(const DecodeArgs& args) {
   Problem problem = decode_problem(args);
-  return {problem, plan_kernel(problem, args.device_index())};
+  return {problem, plan_kernel(problem, args.device_index(), args.sm_margin)};
 }
 
 inline Tensor new_decode_out(const DecodeArgs& a) {
@@ -165,11 +165,6 @@ inline Tensor launch_decode(const DecodeKernel& kernel, const DecodeArgs& a, con
   p.tile_n = plan.tile_n;
   p.num_splits = problem.num_splits;
   p.num_ctas = static_cast<int>(plan.num_ctas);
-  if (a.sm_margin > 0) {
-    const int64_t sms = device_facts(a.device_index()).num_sms - a.sm_margin;
-    const int64_t resident = decode_ctas_per_sm(plan.tile_m) * max<int64_t>(sms, 1);
-    p.num_ctas = static_cast<int>(min(plan.num_ctas, resident));
-  }
   p.dtype = problem.dtype;
   Tensor workspace = new_tensor(a.q, {plan.workspace_bytes / 4}, ScalarType::Float);
   p.partial = static_cast<float*>(workspace.data_ptr());

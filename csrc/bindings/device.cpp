@@ -154,8 +154,10 @@ const Backend& open_backend(Arch arch) {
   return *backend;
 }
 
-PlannedKernel plan_kernel(const Problem& problem, int device_index) {
-  const std::optional<Plan> plan = find_plan(problem, device_facts(device_index), usable_archs());
+PlannedKernel plan_kernel(const Problem& problem, int device_index, int64_t sm_margin) {
+  DeviceFacts device = device_facts(device_index);
+  device.num_sms = static_cast<int>(max<int64_t>(1, device.num_sms - sm_margin));
+  const std::optional<Plan> plan = find_plan(problem, device, usable_archs());
   if (!plan) return {};
   return {&open_backend(plan->arch), *plan};
 }

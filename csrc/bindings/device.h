@@ -23,7 +23,8 @@ struct PlannedKernel {
   const Backend* backend = nullptr;  // no kernel takes the problem, the tiled backend computes it
   Plan plan;
 };
-PlannedKernel plan_kernel(const Problem& problem, int device_index);
+// sm_margin: multiprocessors that a plan shall not count on.
+PlannedKernel plan_kernel(const Problem& problem, int device_index, int64_t sm_margin = 0);
 
 // Enqueues one launch function of the table on torch's current stream of the device.
 template <class Params>

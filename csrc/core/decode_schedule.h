@@ -20,22 +20,37 @@ struct WorkSplit {
   FA_HD constexpr int part_of(int at) const { return at / per_part; }
 };
 
-// Below this many blocks for each CTA, half as many CTAs are faster: a launch is short then, and
-// what a merge of parts costs outweighs what a second CTA on the SM hides. Tiles of many rows
-// multiply longer, so a second CTA hides more; wgmma's have one CTA to an SM.
-FA_HD constexpr int few_decode_blocks(int tile_m) {
-  switch (tile_m) {
-    case kDecodeFewRows: return 16;
-    case kDecodeManyRows: return 4;
-    default: return 1;
-  }
+// CTAs of a launch of mma.sync's kernels for `tiles` tiles, at most `most`: a whole number for each
+// tile, or whole tiles for each, where that leaves few of them out. The kernel gives all the same
+// number of blocks, so caches that are all full are cut at the ends of tiles, or into equal parts.
+FA_HD constexpr int64_t decode_ctas_at_most(int64_t tiles, int64_t most) {
+  if (tiles <= most) return most / tiles * tiles;
+  const int64_t aligned = ceil_div(tiles, ceil_div(tiles, most));
+  return 10 * aligned >= 9 * most ? aligned : most;
 }
 
-// Whether all CTAs get as many blocks, wherever that cuts tiles. With wgmma's one CTA to an SM it
-// does matter that none is idle, if there is much to read and few rows to merge: 2 % on an H200.
-// rows: of a KV head.
+// The same on a device of num_sms SMs that hold per_sm of them each. One to an SM merges less and
+// starts sooner. 16 rows need a second one where tiles end all the time, as nothing is copied while
+// a CTA merges and stores, and where units of the ring are small or few (64, 256); 64 rows, where
+// there is much to multiply.
+struct DecodeTileCount {
+  int tile_m, head_dim;   // built_head_dim()
+  int64_t tiles, blocks;  // blocks of keys of all tiles, at most
+};
+FA_HD constexpr int64_t decode_num_ctas(DecodeTileCount of, int num_sms, int per_sm) {
+  constexpr int kFewBlocks = 4;  // for each CTA
+  const int64_t one = of.tiles <= num_sms ? decode_ctas_at_most(of.tiles, num_sms) : 0;
+  const bool is_enough = of.tile_m == kDecodeFewRows
+                             ? 64 < of.head_dim && of.head_dim < 256 && 10 * one >= 9 * num_sms
+                             : one > 0 && of.blocks < int64_t{kFewBlocks} * per_sm * num_sms;
+  return is_enough ? one : decode_ctas_at_most(of.tiles, int64_t{per_sm} * num_sms);
+}
+
+// Whether all CTAs get as many blocks, wherever that cuts tiles. mma.sync's kernels are launched
+// with a number of CTAs that suits their tiles. With wgmma's one CTA to an SM it does matter that
+// none is idle, if there is much to read and few rows to merge: 2 % on an H200. rows: of a KV head.
 FA_HD constexpr bool splits_evenly(int total, int num_ctas, int tile_m, int rows) {
-  return tile_m == kDecodeWgmmaRows && rows <= tile_m / 2 && total / 128 >= num_ctas;
+  return tile_m != kDecodeWgmmaRows || (rows <= tile_m / 2 && total / 128 >= num_ctas);
 }
 
 // What a tile of wgmma's costs beside its blocks, in blocks: loading Q, and two products that
@@ -45,17 +60,19 @@ FA_HD constexpr int decode_tile_start(int64_t num_tiles, int num_ctas, int tile_
   return tile_m == kDecodeWgmmaRows && num_tiles >= int64_t{2} * num_ctas ? kDecodeTileStart : 0;
 }
 
-// Parts for at most num_ctas CTAs. Memory is the limit, so it matters little whether all CTAs have
-// work, but much whether a tile is cut or a CTA has parts of two: parts are whole tiles of the
-// longest kind, or such a tile is a whole number of parts. max_splits > 1: no tile is in more than
-// max_splits parts. 1 <= longest_tile <= total, num_ctas >= 1.
+// Parts for at most num_ctas CTAs: equal ones, or, where it matters little whether all CTAs have
+// work, but much whether a tile is cut or a CTA has parts of two, whole tiles of the longest kind,
+// or a whole number of parts to such a tile. max_splits > 1: no tile is in more than max_splits
+// parts. 1 <= longest_tile <= total, num_ctas >= 1.
 FA_HD constexpr WorkSplit split_work(int total, int num_ctas, int max_splits, int longest_tile,
-                                     int tile_m) {
-  const bool few = total / few_decode_blocks(tile_m) < num_ctas;
-  const int target = few ? ceil_div(num_ctas, 2) : num_ctas;
+                                     bool evenly) {
+  const int target = total < num_ctas ? ceil_div(num_ctas, 2) : num_ctas;
   const int tiles = ceil_div(total, longest_tile);
-  const int per_part = tiles >= target ? ceil_div(tiles, target) * longest_tile
-                                       : ceil_div(longest_tile, target / tiles);
+  int per_part = ceil_div(total, num_ctas);
+  if (!evenly) {
+    per_part = tiles >= target ? ceil_div(tiles, target) * longest_tile
+                               : ceil_div(longest_tile, target / tiles);
+  }
   return {total, max_splits > 1 ? max(per_part, ceil_div(longest_tile, max_splits - 1)) : per_part};
 }
 
@@ -66,12 +83,18 @@ FA_HD constexpr int packed_m_blocks(int queries, int group_size, int tile_m) {
   return ceil_div(queries * group_size, tile_m);
 }
 
-static_assert(split_work(128 * 128, 264, 0, 128, 16).per_part == 64);  // two CTAs for each tile
-static_assert(split_work(128 * 16, 264, 0, 16, 16).per_part == 16);    // few blocks: one for each
-static_assert(split_work(128 * 16, 264, 0, 16, 64).per_part == 8);     // two for each
-static_assert(split_work(1024 * 16, 264, 0, 16, 16).per_part == 4 * 16);  // four tiles for each CTA
-static_assert(split_work(8 * 64, 132, 0, 64, 128).per_part == 4);         // 16 for each
-static_assert(split_work(100, 8, 2, 50, 16).num_parts() == 2);  // no tile is in three parts
+static_assert(decode_num_ctas({16, 128, 8, 1 << 20}, 132, 2) == 128);  // 16 to a tile, one to an SM
+static_assert(decode_num_ctas({16, 128, 128, 1 << 20}, 132, 2) == 128);  // one to a tile
+static_assert(decode_num_ctas({16, 128, 100, 1 << 20}, 132, 2) ==
+              200);  // else 32 SMs were left out
+static_assert(decode_num_ctas({16, 128, 1024, 1 << 20}, 132, 2) == 256);  // four tiles to each
+static_assert(decode_num_ctas({16, 128, 320, 1 << 20}, 132, 2) == 264);   // two to each: 160
+static_assert(decode_num_ctas({16, 64, 128, 1 << 20}, 132, 2) == 256);
+static_assert(decode_num_ctas({64, 128, 128, 1 << 20}, 132, 2) == 256 &&
+              decode_num_ctas({64, 128, 8, 512}, 132, 2) == 128);
+static_assert(split_work(128 * 128, 256, 0, 128, true).per_part == 64);
+static_assert(split_work(8 * 64, 132, 0, 64, false).per_part == 4);  // 16 for each
+static_assert(split_work(100, 8, 2, 50, true).num_parts() == 2);     // no tile is in three parts
 static_assert(packed_m_blocks(3, 8, 16) == 2);
 
 }  // namespace fa

@@ -437,11 +437,6 @@ FA_HD constexpr bool sm90_decode_takes_pages(int page_size, int tile_n) {
          (page_size >= kDecodeMinBoxRows && tile_n % page_size == 0);  // 0: no pages
 }
 
-// CTAs on an SM at a time.
-FA_HD constexpr int decode_ctas_per_sm(int tile_m) {
-  return tile_m == kDecodeWgmmaRows ? 1 : kDecodeCtasPerSm;
-}
-
 // Up to 128, the ring runs on into the next tile while the results of one leave; beyond, they leave
 // through the ring, and Q, which has no room in registers, has a place of its own.
 FA_HD constexpr bool decode_runs_ahead(int head_dim) {

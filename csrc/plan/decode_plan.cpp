@@ -39,7 +39,7 @@ int64_t num_wgmma_tiles(const Problem& p) {
 
 // Whether wgmma's kernel is faster for few rows, head_dim 128 on an H200: with 16 rows in few
 // tiles, which are cut so often that its second kernel merges them better (7 to 30 %); for long
-// caches where tiles are enough for all SMs (0.5 to 2 %), but with small pages only if they are
+// caches where tiles are more than SMs (0.5 to 2 %), but with small pages only if they are
 // few: 1,024 tiles with pages of 64 are 3 % slower. Not where mma.sync's kernel appends in the same
 // launch.
 bool few_rows_take_wgmma(const Problem& p, const DeviceFacts& device) {
@@ -49,8 +49,7 @@ bool few_rows_take_wgmma(const Problem& p, const DeviceFacts& device) {
                        4 * tiles <= device.num_sms;
   const bool fits_pages = p.page_size == 0 || p.page_size >= kLargePage ||
                           (p.page_size >= kDecodeTileN && tiles <= 2 * int64_t{device.num_sms});
-  const bool are_long =
-      p.seqlen_k >= kVeryLongCache && fits_pages && 10 * tiles >= 9 * int64_t{device.num_sms};
+  const bool are_long = p.seqlen_k >= kVeryLongCache && fits_pages && tiles > device.num_sms;
   return !p.appends && built_size(p) == 128 && (are_cut || are_long);
 }
 
@@ -71,11 +70,14 @@ Tile tile_of(Arch arch, const Problem& p, const DeviceFacts& device) {
   return takes ? Tile{wgmma.tile_m, wgmma.tile_n, wgmma} : mma;
 }
 
+int64_t tiles_of_sequence(const Problem& p, const Tile& tile) {
+  return ceil_div<int64_t>(rows_of_kv_head(p), tile.m) * p.num_heads_kv;
+}
 // Tiles of all sequences, and what the kernel counts blocks of keys in: at most one more for each
 // tile.
 int64_t num_tiles(const Problem& p, const Tile& tile) {
   const int64_t batch_size = p.batch_size + int64_t{p.varlen};  // one for rows of no sequence
-  return batch_size * ceil_div<int64_t>(rows_of_kv_head(p), tile.m) * p.num_heads_kv;
+  return batch_size * tiles_of_sequence(p, tile);
 }
 int64_t num_positions(const Problem& p, const Tile& tile) {
   return num_tiles(p, tile) * max(1, ceil_div(p.seqlen_k, tile.n));
@@ -85,6 +87,19 @@ int smem_bytes_of(const Problem& p, const Tile& tile) {
   const int built = built_size(p);
   return tile.is_wgmma() ? sm90_fwd_smem_bytes(tile.wgmma, {built, built})
                          : decode_smem_bytes(built, tile.m);
+}
+
+// CTAs of a launch; those that an SM cannot hold beside each other would only count the lengths
+// again.
+int64_t num_ctas_of(const Problem& p, const Tile& tile, const DeviceFacts& device) {
+  const int smem_bytes = smem_bytes_of(p, tile);
+  const int per_sm = clamp(device.max_smem_bytes / smem_bytes, 1, kDecodeCtasPerSm);
+  const int64_t blocks = num_positions(p, tile);
+  if (p.num_splits == 1) return min(num_tiles(p, tile), int64_t{per_sm} * device.num_sms);
+  if (tile.is_wgmma()) return min<int64_t>(blocks, device.num_sms);
+  const int64_t tiles = max<int64_t>(1, p.batch_size * tiles_of_sequence(p, tile));
+  return min(blocks,
+             decode_num_ctas({tile.m, built_size(p), tiles, blocks}, device.num_sms, per_sm));
 }
 
 }  // namespace
@@ -121,9 +136,7 @@ Plan decode_plan(Arch arch, const Problem& p, const DeviceFacts& device) {
   plan.num_threads = tile.is_wgmma() ? fwd_num_threads(Arch::kSm90, tile.wgmma) : kDecodeThreads;
   plan.vectorized = true;
   plan.smem_bytes = smem_bytes_of(p, tile);
-  const int64_t resident = int64_t{decode_ctas_per_sm(tile.m)} * device.num_sms;
-  const int64_t useful = p.num_splits == 1 ? num_tiles(p, tile) : num_positions(p, tile);
-  plan.num_ctas = min(useful, min<int64_t>(resident, kDecodeMaxCtas));
+  plan.num_ctas = min<int64_t>(num_ctas_of(p, tile, device), kDecodeMaxCtas);
   plan.num_splits = p.num_splits;
   if (p.num_splits != 1)
     plan.workspace_bytes =

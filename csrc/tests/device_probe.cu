@@ -43,7 +43,7 @@ __global__ void probe_ranges(SeqlenArgs args_q, SeqlenArgs args_k, TileGrid grid
                      order.turn(tile.m_block, rows.begin).before +
                      order.first_step(tile.m_block, rows.size()) + tile_coord(grid, 1, false).head +
                      choose_num_splits(grid.size(), gridDim.z, blocks.size(), 32) +
-                     split_work(gridDim.x, 7, 0, 1, kDecodeFewRows).part_of(threadIdx.x);
+                     split_work(gridDim.x, 7, 0, 1, true).part_of(threadIdx.x);
 }
 
 __global__ void probe_layouts(const int* page_table_row, int page_size, int* out) {

@@ -374,8 +374,8 @@ void test_split_work() {
     for (int num_ctas : {1, 2, 3, 7, 40, 300})
       for (int max_splits : {0, 2, 3, 9})
         for (int longest = 1; longest <= total; longest += longest < 9 ? 1 : 13) {
-          const int tile_m = longest % 2 == 0 ? kDecodeFewRows : kDecodeManyRows;
-          const WorkSplit split = split_work(total, num_ctas, max_splits, longest, tile_m);
+          const bool evenly = longest % 2 == 0;
+          const WorkSplit split = split_work(total, num_ctas, max_splits, longest, evenly);
           const int parts = split.num_parts();
           CHECK(1 <= parts && parts <= num_ctas, "parts total=%d longest=%d", total, longest);
           CHECK(split.begin(0) == 0 && split.begin(parts) == total, "covers total=%d", total);
@@ -384,8 +384,10 @@ void test_split_work() {
             for (int at = split.begin(part); at < split.begin(part + 1); ++at)
               CHECK(split.part_of(at) == part, "part_of total=%d at=%d", total, at);
           }
+          if (evenly && max_splits < 2)
+            CHECK(split.per_part == ceil_div(total, num_ctas), "even total=%d", total);
           // A whole number of the longest tiles to a part, or of parts to such a tile.
-          if (max_splits < 2 && total % longest == 0) {
+          if (!evenly && max_splits < 2 && total % longest == 0) {
             int cut = 0;
             for (int part = 1; part < parts; ++part) cut += split.begin(part) % longest != 0;
             const int to_a_tile = ceil_div(longest, split.per_part);
@@ -398,6 +400,27 @@ void test_split_work() {
             CHECK(split.part_of(tile + longest - 1) - split.part_of(tile) + 1 <= max_splits,
                   "splits total=%d longest=%d max=%d", total, longest, max_splits);
         }
+}
+
+// No more CTAs than the device holds, and of as many as it says for tiles of equal length, none
+// cuts a tile but into equal parts, unless a tenth of the device would idle.
+void test_decode_num_ctas() {
+  for (int num_sms : {1, 78, 108, 132})
+    for (int per_sm : {1, 2})
+      for (int tile_m : {kDecodeFewRows, kDecodeManyRows})
+        for (int head_dim : {64, 128, 256})
+          for (int blocks : {1, 16, 1000})
+            for (int tiles = 1; tiles < 1200; tiles += tiles < 300 ? 1 : 37) {
+              const int most = per_sm * num_sms;
+              const int64_t ctas = decode_num_ctas(
+                  {tile_m, head_dim, tiles, int64_t{tiles} * blocks}, num_sms, per_sm);
+              CHECK(1 <= ctas && ctas <= most, "tiles=%d sms=%d", tiles, num_sms);
+              const bool whole =
+                  tiles >= ctas && ceil_div(tiles, ceil_div<int>(tiles, ctas)) == ctas;
+              CHECK(ctas % tiles == 0 || whole || ctas == most, "cut: tiles=%d sms=%d", tiles,
+                    num_sms);
+              CHECK(2 * ctas > num_sms || tiles > ctas, "idle: tiles=%d sms=%d", tiles, num_sms);
+            }
 }
 
 // Rows of all heads of a group, packed into tiles: every row is in one tile.
@@ -429,6 +452,7 @@ void test_decode_smem() {
 
 int main() {
   test_split_work();
+  test_decode_num_ctas();
   test_packed_m_blocks();
   test_decode_smem();
   test_integer_helpers();

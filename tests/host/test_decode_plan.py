@@ -12,7 +12,7 @@ from plan_problems import ALL, BUILT, DEVICES, problem, reasons
 
 @pytest.mark.parametrize("device", [*DEVICES])
 def test_decode_on_each_device(introspect: ModuleType, device: str) -> None:
-    """Two CTAs to an SM at most share out the blocks of 64 keys."""
+    """Two CTAs to an SM at most, if both fit, share out the blocks of 64 keys."""
     major, _, num_sms, smem_kb = DEVICES[device]
     own = "sm90" if major == 9 else "sm80"
     for head_dim, dtype in itertools.product(BUILT, ("fp16", "bf16")):
@@ -22,7 +22,9 @@ def test_decode_on_each_device(introspect: ModuleType, device: str) -> None:
         )
         assert plan["kernel"] == f"{own}_decode_hdim{head_dim}_{dtype}"
         assert plan["tile"] == (16, 64)
-        assert plan["num_ctas"] == min(2 * num_sms, 384)
+        # 2 sequences with 4 KV heads are 8 tiles, each for as many CTAs.
+        two = smem_kb * 1024 >= 2 * plan["smem_bytes"] and head_dim in (64, 256)
+        assert plan["num_ctas"] == min((1 + two) * num_sms // 8 * 8, 384)
         assert plan["smem_bytes"] <= smem_kb * 1024
         words = plan["num_ctas"] * (2 * 16 * (head_dim + 8) + 1)
         assert plan["workspace_bytes"] == 4 * words
@@ -100,10 +102,11 @@ def test_decode_of_many_rows(
         ({"num_heads_q": 4 * 8}, FEW),
         ({"seqlen_k": 1024}, FEW),
         ({"batch_size": 9}, FEW),
-        ({"batch_size": 30, "seqlen_k": 32768}, WGMMA),
-        ({"batch_size": 30, "seqlen_k": 32768, "num_heads_q": 4}, WGMMA),
-        ({"batch_size": 30, "seqlen_k": 32768, "page_size": 64}, WGMMA),
-        ({"batch_size": 30, "seqlen_k": 32768, "page_size": 16}, FEW),
+        ({"batch_size": 30, "seqlen_k": 32768}, FEW),
+        ({"batch_size": 34, "seqlen_k": 32768}, WGMMA),
+        ({"batch_size": 34, "seqlen_k": 32768, "num_heads_q": 4}, WGMMA),
+        ({"batch_size": 34, "seqlen_k": 32768, "page_size": 64}, WGMMA),
+        ({"batch_size": 34, "seqlen_k": 32768, "page_size": 16}, FEW),
         ({"batch_size": 128, "seqlen_k": 65536}, WGMMA),
         ({"batch_size": 128, "seqlen_k": 65536, "page_size": 64}, FEW),
         ({"batch_size": 128, "seqlen_k": 65536, "page_size": 256}, WGMMA),
@@ -115,13 +118,39 @@ def test_decode_of_many_rows(
 def test_decode_of_16_rows(
     introspect: ModuleType, fields: dict[str, Any], tile: tuple[int, int]
 ) -> None:
-    """Few tiles of a long cache are cut so often that sharing the merge pays; many, of a very long
-    one, keep all SMs at work.
+    """Few tiles of a long cache are cut so often that sharing the merge pays; where tiles of a very
+    long one are more than SMs, wgmma's kernel streams better.
     """
     sizes = {"batch_size": 8, "seqlen_q": 1, "seqlen_k": 8192, "num_heads_kv": 4}
     asked = problem("decode", **{**sizes, "num_heads_q": 4 * 16, **fields})
     assert introspect.make_plan(asked, "h100", ALL)["tile"] == tile
     assert introspect.make_plan(asked, "a100", ALL)["tile"] == FEW
+
+
+@pytest.mark.parametrize(
+    ("device", "fields", "num_ctas"),
+    [
+        ("h200", {"batch_size": 1}, 16 * 8),  # one to an SM, as many for each tile
+        ("h200", {"batch_size": 16}, 128),  # one for each tile
+        ("h200", {"batch_size": 16, "varlen": True, "total_q": 16}, 128),
+        ("h200", {"batch_size": 12}, 2 * 96),  # one to an SM would leave 36 SMs out
+        ("h200", {"batch_size": 24, "seqlen_k": 1024}, 192),
+        ("h200", {"batch_size": 128}, 256),  # four tiles for each
+        ("h200", {"batch_size": 40}, 264),  # cut anywhere: two tiles for each were 160 CTAs
+        ("h200", {"batch_size": 16, "head_dim": 64, "head_dim_v": 64}, 256),
+        ("h200", {"batch_size": 16, "alibi": True, "seqlen_q": 16}, 256),  # 64 rows
+        ("a100", {"batch_size": 1}, 13 * 8),
+        ("a100", {"batch_size": 128}, 103),  # ten tiles for each
+        ("rtx4090", {"batch_size": 128}, 128),
+    ],
+)
+def test_decode_ctas(
+    introspect: ModuleType, device: str, fields: dict[str, Any], num_ctas: int
+) -> None:
+    """Full caches are cut at the ends of tiles or into equal parts."""
+    sizes = {"seqlen_q": 1, "seqlen_k": 8192, "num_heads_q": 32, "num_heads_kv": 8}
+    plan = introspect.make_plan(problem("decode", **{**sizes, **fields}), device, ALL)
+    assert plan["num_ctas"] == num_ctas
 
 
 @pytest.mark.parametrize(

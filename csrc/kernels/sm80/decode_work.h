@@ -245,11 +245,8 @@ FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch,
   // Uncut, a position is a whole tile.
   const int num_ctas = gridDim.x;
   const int rows = p.seqlens_q.max_seqlen * launch.by_group.divisor();
-  const bool evenly = p.num_splits == 1 ||
-                      (p.num_splits == 0 && splits_evenly(total, num_ctas, Shape::kTileM, rows));
-  const WorkSplit split = evenly
-                              ? WorkSplit{total, ceil_div(total, num_ctas)}
-                              : split_work(total, num_ctas, p.num_splits, longest, Shape::kTileM);
+  const bool evenly = p.num_splits == 1 || splits_evenly(total, num_ctas, Shape::kTileM, rows);
+  const WorkSplit split = split_work(total, num_ctas, p.num_splits, longest, evenly);
   const int begin = blockIdx.x * split.per_part;
   if (begin >= total) return false;
   if (before <= begin && begin < before + sum) {
