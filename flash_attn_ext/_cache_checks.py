@@ -11,8 +11,6 @@ from ._checks import (
     Q_FIXED,
     Q_VARLEN,
     V_PAGED,
-    ascending,
-    bounded,
     cumulative,
     floating,
     heads_agree,
@@ -20,7 +18,6 @@ from ._checks import (
     like,
     message,
     no_gradient,
-    page_ids,
     pages,
     per_sequence,
     same_device,
@@ -28,6 +25,7 @@ from ._checks import (
     values_readable,
     written_in_place,
 )
+from ._value_checks import Ascending, Bounded, Check, LengthTerms, PageIds, check
 from .errors import UnsupportedError
 
 K_CACHE = "[batch_cache, seqlen_cache, num_heads_kv, head_dim]"
@@ -163,9 +161,6 @@ def cache_rotary(
     sin = rotary_tables(q, cos, sin)
     if rotary_seqlens is not None:
         per_sequence("rotary_seqlens", rotary_seqlens, batch_size, q)
-        if values_readable(rotary_seqlens):
-            limits = [cos.shape[0] - 1] * batch_size
-            bounded("rotary_seqlens", rotary_seqlens, limits, "a row of rotary_cos")
     elif cos.shape[0] < capacity:
         raise ValueError(
             message(
@@ -191,6 +186,7 @@ def seqlens_tensor(cache_seqlens: int | Tensor | None, batch_size: int, q: Tenso
 
 def cache_values(
     capacity: int,
+    q: Tensor,
     max_seqlen_q: int,
     k_cache: Tensor,
     k: Tensor | None,
@@ -201,6 +197,8 @@ def cache_values(
     page_table: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k_new: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_seqlens: Tensor | None,
 ) -> None:
     """The values of the index tensors, where they can be read; ``capacity``: keys of a sequence."""
     given = (
@@ -210,28 +208,39 @@ def cache_values(
         page_table,
         cu_seqlens_q,
         cu_seqlens_k_new,
+        rotary_seqlens,
     )
-    if not all(x is None or values_readable(x) for x in given):
+    tensors = [x for x in given if x is not None]
+    if not tensors or not all(values_readable(x) for x in tensors):
         return
+    checks: list[Check] = []
     if cu_seqlens_q is not None:
-        ascending("cu_seqlens_q", cu_seqlens_q, None, "max_seqlen_q", max_seqlen_q)
-    lengths_new = [0 if k is None else k.shape[1]] * batch_size
+        total_q = q.shape[0]
+        checks.append(
+            Ascending("cu_seqlens_q", cu_seqlens_q, total_q, "max_seqlen_q", max_seqlen_q)
+        )
+    new = LengthTerms(0 if k is None else k.shape[1])
     if cu_seqlens_k_new is not None and k is not None:
-        lengths_new = ascending("cu_seqlens_k_new", cu_seqlens_k_new, k.shape[0])
-    lengths = [capacity] * batch_size
+        checks.append(Ascending("cu_seqlens_k_new", cu_seqlens_k_new, k.shape[0]))
+        new = LengthTerms(cu_seqlens=cu_seqlens_k_new)
+    lengths = LengthTerms(capacity)
     if cache_seqlens is not None:
-        limits = [capacity - length for length in lengths_new]
-        before = bounded("cache_seqlens", cache_seqlens, limits, "what fits the cache")
-        lengths = [old + new for old, new in zip(before, lengths_new, strict=True)]
+        limit = LengthTerms(capacity - new.constant, cu_seqlens=new.cu_seqlens, sign=-1)
+        checks.append(Bounded("cache_seqlens", cache_seqlens, limit, "what fits the cache"))
+        lengths = new._replace(values=cache_seqlens)
     if cache_leftpad is not None:
-        bounded("cache_leftpad", cache_leftpad, lengths, "the length of the sequence")
+        text = "the length of the sequence"
+        checks.append(Bounded("cache_leftpad", cache_leftpad, lengths, text))
     if cache_batch_idx is not None:
-        num_rows = k_cache.shape[0] if page_table is None else page_table.shape[0]
-        bounded("cache_batch_idx", cache_batch_idx, [num_rows - 1] * batch_size, "a cache row")
+        last = LengthTerms((k_cache if page_table is None else page_table).shape[0] - 1)
+        checks.append(Bounded("cache_batch_idx", cache_batch_idx, last, "a cache row"))
     if page_table is not None:
-        if cache_batch_idx is not None:
-            page_table = page_table[cache_batch_idx.long()]
-        page_ids(page_table, lengths, page_size=k_cache.shape[1], num_pages=k_cache.shape[0])
+        num_pages, page_size = k_cache.shape[:2]
+        checks.append(PageIds(page_table, cache_batch_idx, lengths, page_size, num_pages))
+    if rotary_cos is not None and rotary_seqlens is not None:
+        last = LengthTerms(rotary_cos.shape[0] - 1)
+        checks.append(Bounded("rotary_seqlens", rotary_seqlens, last, "a row of rotary_cos"))
+    check(checks, batch_size, q.device)
 
 
 def partial_results(out_partial: Tensor, lse_partial: Tensor) -> None:

@@ -5,16 +5,14 @@ inputs that contradict each other ValueError, and well-formed inputs that nothin
 UnsupportedError (a ValueError).
 
 Checks of shapes, types and devices always run: they cost a few microseconds and are traced away by
-``torch.compile``. Checks of values (ascending ``cu_seqlens``, page ids, cache overflow) read the
-tensors. They run where that is free, on CPU tensors, and on CUDA only with FLASH_ATTN_EXT_DEBUG=1,
-because there each of them waits for the device.
+``torch.compile``. Checks of values (ascending ``cu_seqlens``, page ids, cache overflow) stand in
+_value_checks.py. They run where `values_readable`: on CPU tensors, and on CUDA only with
+FLASH_ATTN_EXT_DEBUG=1, because there they wait for the device.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -240,8 +238,6 @@ def varlen(
     cu_seqlens_k: Tensor | None,
     seqused_q: Tensor | None,
     seqused_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
 ) -> None:
     """q, k, v and the lengths of the varlen functions."""
     is_sound = page_table is None and cu_seqlens_k is not None and _is_sound(q, k, v, 3)
@@ -257,18 +253,6 @@ def varlen(
         per_sequence("seqused_k", seqused_k, batch_size, q)
     if page_table is not None:
         pages(page_table, batch_size, q)
-    if values_readable(cu_seqlens_q):
-        _varlen_values(
-            q.shape[0],
-            k.shape[:2],
-            cu_seqlens_q,
-            cu_seqlens_k,
-            seqused_q,
-            seqused_k,
-            page_table,
-            max_seqlen_q,
-            max_seqlen_k,
-        )
 
 
 def _varlen_rows(
@@ -354,7 +338,7 @@ def pages(page_table: Tensor, batch_size: int, q: Tensor) -> None:
 
 
 def values_readable(x: Tensor) -> bool:
-    """Whether reading the values of ``x`` is possible (no tracing) and free or asked for."""
+    """Whether checking the values of ``x`` is possible (no tracing) and free or asked for."""
     if not (DEBUG or x.is_cpu):
         return False
     return (
@@ -362,96 +346,6 @@ def values_readable(x: Tensor) -> bool:
         and type(x) in (Tensor, Parameter)  # FakeTensor and other stand-ins have no values
         and (x.device.type == "cpu" or (DEBUG and x.device.type == "cuda"))
     )
-
-
-def ascending(
-    name: str, x: Tensor, total: int | None, max_name: str = "", max_seqlen: int | None = None
-) -> list[int]:
-    """Checks the values of ``cu_seqlens``; returns the lengths.
-
-    Args:
-        name: of the argument.
-        x: [batch + 1].
-        total: number of rows that the sequences share; None = not known.
-        max_name: of the argument ``max_seqlen``.
-        max_seqlen: no sequence may be longer; None = no limit.
-    """
-    ends: list[int] = x.tolist()
-    lengths = [end - begin for begin, end in itertools.pairwise(ends)]
-    longest = max(lengths, default=0)
-    if ends[0] != 0 or any(length < 0 for length in lengths):
-        raise ValueError(message(name, _preview(ends), "ascending values that begin with 0"))
-    if total is not None and ends[-1] > total:
-        raise ValueError(message(f"{name}[-1]", ends[-1], f"at most the {total} rows given"))
-    if max_seqlen is not None and longest > max_seqlen:
-        raise ValueError(
-            message(max_name, max_seqlen, f"at least {longest}, the longest sequence of {name}")
-        )
-    return lengths
-
-
-def _preview(values: Sequence[int]) -> str:
-    return str(list(values)) if len(values) <= 8 else f"{list(values[:8])} and more"
-
-
-def bounded(name: str, x: Tensor, limits: Sequence[int], limit_name: str) -> list[int]:
-    """Checks 0 <= x[i] <= limits[i]; returns the values."""
-    values: list[int] = x.tolist()
-    for index, (value, limit) in enumerate(zip(values, limits, strict=True)):
-        if not 0 <= value <= limit:
-            raise ValueError(message(f"{name}[{index}]", value, f"0 to {limit}, {limit_name}"))
-    return values
-
-
-def page_ids(page_table: Tensor, lengths: Sequence[int], page_size: int, num_pages: int) -> None:
-    """Every page id below the lengths exists; entries past them are never read."""
-    for row, (ids, length) in enumerate(zip(page_table.tolist(), lengths, strict=True)):
-        for column in range((length + page_size - 1) // page_size):
-            if not 0 <= ids[column] < num_pages:
-                raise ValueError(
-                    message(
-                        f"page_table[{row}, {column}]", ids[column], f"a page id below {num_pages}"
-                    )
-                )
-
-
-def _varlen_values(
-    total_q: int,
-    k_shape: Sequence[int],
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    seqused_q: Tensor | None,
-    seqused_k: Tensor | None,
-    page_table: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-) -> None:
-    """The values of all length tensors; ``k_shape`` is (total_k, ...) or (num_pages, page_size)."""
-    lengths_q = ascending("cu_seqlens_q", cu_seqlens_q, total_q, "max_seqlen_q", max_seqlen_q)
-    if seqused_q is not None:
-        bounded("seqused_q", seqused_q, lengths_q, "the length of the sequence")
-
-    limits = [max_seqlen_k] * len(lengths_q)
-    limit_name = "max_seqlen_k"
-    if cu_seqlens_k is not None:
-        total_k = k_shape[0] if page_table is None else None
-        limits = ascending("cu_seqlens_k", cu_seqlens_k, total_k, "max_seqlen_k", max_seqlen_k)
-        limit_name = "the length of the sequence"
-    if seqused_k is not None:
-        limits = bounded("seqused_k", seqused_k, limits, limit_name)
-    if page_table is not None:
-        num_pages, page_size = k_shape
-        capacity = page_table.shape[1] * page_size
-        if max(limits, default=0) > capacity:
-            raise ValueError(
-                message(
-                    "seqlen_k",
-                    max(limits),
-                    f"at most max_pages * page_size = {capacity}",
-                    "give page_table more columns",
-                )
-            )
-        page_ids(page_table, limits, page_size, num_pages)
 
 
 def max_seqlen(name: str, value: Any) -> int:

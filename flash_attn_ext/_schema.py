@@ -122,6 +122,14 @@ SCHEMAS: dict[str, str] = {
 }
 """Op name -> argument list and returns."""
 
+KERNEL_ONLY = (
+    # The checks of FLASH_ATTN_EXT_DEBUG=1, as _value_checks.py asks for them: numbers of each check
+    # (tensors by their place in `tensors`), and its name and text, a line each. The record of the
+    # first violation, int64 [7]; without `record` it is printed on the device, which then traps.
+    "value_checks(Tensor[] tensors, int[] table, str texts, int batch_size, bool record) -> Tensor",
+)
+"""Ops that the compiled library alone has, and that are never traced."""
+
 OVERLOADS = ("default", "tiled")
 """``default``: a kernel where there is one. ``tiled``: the tiled backend on every device."""
 
@@ -349,6 +357,8 @@ def _register() -> None:
                 qualname, implementation, "CompositeExplicitAutograd"
             )
             torch.library.register_fake(f"{_library.ns}::{qualname}", _FAKES[name], lib=_library)
+    for schema in KERNEL_ONLY:
+        _library.define(schema)  # type: ignore[no-untyped-call]
 
 
 _register()

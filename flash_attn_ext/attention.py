@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _value_checks
 from .autograd import CAUSAL, PLAIN, Lengths, Options, attention, varlen_attention
 from .errors import UnsupportedError
 from .merge import apply_sink
@@ -361,7 +361,8 @@ def flash_attn_varlen_func(
     Raises:
         UnsupportedError: as flash_attn_func; and in a backward through page_table.
         ValueError: as flash_attn_func. The values of length tensors and of page_table are checked
-            for CPU tensors, and for CUDA tensors with FLASH_ATTN_EXT_DEBUG=1 in the environment.
+            for CPU tensors, and for CUDA tensors with FLASH_ATTN_EXT_DEBUG=1 in the environment, as
+            those of flash_attn_with_kvcache.
         TypeError: as flash_attn_func.
     """
     _checks.unsupported(attention_chunk, qv, q_descale, k_descale, v_descale)
@@ -374,7 +375,9 @@ def flash_attn_varlen_func(
         _checks.max_seqlen("max_seqlen_q", max_seqlen_q),
         _checks.max_seqlen("max_seqlen_k", max_seqlen_k),
     )
-    _checks.varlen(q, k, v, page_table, *lengths)
+    _checks.varlen(q, k, v, page_table, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    if _checks.values_readable(cu_seqlens_q):
+        _value_checks.varlen(q.shape[0], k.shape, page_table, *lengths)
     options = _options(
         softmax_scale,
         causal,

@@ -120,7 +120,8 @@ def flash_attn_with_kvcache(
         UnsupportedError: as flash_attn_func; and in a backward.
         ValueError: inputs that contradict each other. Overflow of the cache, page ids and the other
             values are checked for CPU tensors, and for CUDA tensors with FLASH_ATTN_EXT_DEBUG=1 in
-            the environment.
+            the environment, on the device, which the call waits for. In a CUDA graph that is
+            captured so, a replay with bad values prints the sequence and traps.
         TypeError: arguments of a wrong Python type.
 
     Example:
@@ -165,6 +166,7 @@ def flash_attn_with_kvcache(
     lengths = _cache_checks.seqlens_tensor(cache_seqlens, batch_size, q)
     _cache_checks.cache_values(
         capacity,
+        q,
         max_seqlen_q,
         k_cache,
         k,
@@ -175,6 +177,8 @@ def flash_attn_with_kvcache(
         page_table,
         cu_seqlens_q,
         cu_seqlens_k_new,
+        rotary_cos,
+        rotary_seqlens,
     )
 
     q = _checks.last_dim_contiguous(q)

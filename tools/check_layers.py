@@ -37,7 +37,8 @@ LAYERS: dict[str, set[str]] = {
 SYSTEM_HEADERS: dict[str, str] = {
     "core": _DEVICE,
     **{layer: f"{_DEVICE}|{_CUDA}" for layer in DEVICE_LAYERS[1:]},
-    "kernels": f"{_DEVICE}|{_CUDA}|atomic|mutex|unordered_map",  # launch functions are host code
+    # Launch functions are host code; printf is what a debug mode has in a CUDA graph.
+    "kernels": f"{_DEVICE}|{_CUDA}|atomic|cstdio|mutex|unordered_map",
     "plan": _STD,
     "bindings": rf"{_STD}|(dlfcn|unistd)\.h|torch/(csrc/(stable|inductor/aoti_torch)|headeronly)/.*"
     r"|pybind11/.*",

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/params.h"
+#include "core/value_checks.h"
 
 namespace fa {
 
@@ -25,6 +26,7 @@ struct Backend {
   int (*norm_bwd)(const NormBwdParams& params, void* stream);
   int (*cross_entropy_fwd)(const CrossEntropyParams& params, void* stream);
   int (*cross_entropy_bwd)(const CrossEntropyParams& params, void* stream);
+  int (*value_checks)(const ValueCheckParams& params, void* stream);
 };
 
 }  // namespace fa

@@ -33,6 +33,7 @@ int norm_fwd(const NormFwdParams& params, void* stream);
 int norm_bwd(const NormBwdParams& params, void* stream);
 int cross_entropy_fwd(const CrossEntropyParams& params, void* stream);
 int cross_entropy_bwd(const CrossEntropyParams& params, void* stream);
+int value_checks(const ValueCheckParams& params, void* stream);
 
 }  // namespace fa
 
@@ -92,6 +93,7 @@ int cross_entropy_bwd(const CrossEntropyParams& params, void* stream);
         fa::norm_fwd,                                                                     \
         fa::norm_bwd,                                                                     \
         fa::cross_entropy_fwd,                                                            \
-        fa::cross_entropy_bwd};                                                           \
+        fa::cross_entropy_bwd,                                                            \
+        fa::value_checks};                                                                \
     return &backend;                                                                      \
   }

@@ -191,4 +191,10 @@ std::optional<Plan> find_plan(const Problem& problem, const DeviceFacts& device,
   return std::nullopt;
 }
 
+std::optional<Arch> find_library(const DeviceFacts& device, ArchSet built) {
+  for (const Arch arch : kFastestFirst)
+    if (built.contains(arch) && !device_refuses(arch, device, Reason(nullptr))) return arch;
+  return std::nullopt;
+}
+
 }  // namespace fa

@@ -65,4 +65,7 @@ PlanResult make_plan(const Problem& problem, const DeviceFacts& device, ArchSet 
 // sentence together and allocates nothing.
 std::optional<Plan> find_plan(const Problem& problem, const DeviceFacts& device, ArchSet built);
 
+// The fastest library of `built` whose code runs on the device, whatever is to be computed.
+std::optional<Arch> find_library(const DeviceFacts& device, ArchSet built);
+
 }  // namespace fa

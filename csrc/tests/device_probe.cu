@@ -22,6 +22,7 @@
 #include "core/tile_config.h"
 #include "core/tile_scheduler.h"
 #include "core/token_tile.h"
+#include "core/value_checks.h"
 
 namespace fa {
 
@@ -68,6 +69,11 @@ __global__ void probe_softmax(float* x, float softmax_scale) {
   const float factor = rescale_factor(x[0], x[1], softmax_scale * kLog2e);
   x[2] = softmax_weight(x[3], x[1], softmax_scale) * factor + merge_lse(x[4], x[5]) +
          row_lse(x[1], x[6], softmax_scale) + merge_weight(x[4], x[5]) + output_scale(x[6]);
+}
+
+__global__ void probe_value_checks(const __grid_constant__ ValueCheckParams p, int64_t* out) {
+  const Violation first = first_violation(p, blockIdx.x, threadIdx.x, kWarpSize);
+  out[threadIdx.x] = first.got + static_cast<int64_t>(violation_order(first));
 }
 
 template <Arch kArch, int kHeadDim>

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _cache_checks, _checks, _schema
+from .._value_checks import Ascending, Bounded, LengthTerms, check
 from ..autograd import needs_grad, rotary
 from ..backends import raise_refusal_behind
 from ..errors import UnsupportedError
@@ -57,7 +58,8 @@ def apply_rotary_emb(
         batch_size = cu_seqlens.shape[0] - 1
         longest = _checks.max_seqlen("max_seqlen", max_seqlen)
         if _checks.values_readable(cu_seqlens):
-            _checks.ascending("cu_seqlens", cu_seqlens, x.shape[0], "max_seqlen", longest)
+            packed = Ascending("cu_seqlens", cu_seqlens, x.shape[0], "max_seqlen", longest)
+            check([packed], batch_size, x.device)
     _checks.floating("x", x)
     _cache_checks.rotary_tables(x, cos, sin, "x", prefix="")
     if needs_grad(cos, sin):
@@ -68,8 +70,8 @@ def apply_rotary_emb(
         _checks.per_sequence("seqlen_offsets", seqlen_offsets, batch_size, x)
         offsets = seqlen_offsets
         if _checks.values_readable(offsets):
-            limits = [cos.shape[0] - longest] * batch_size
-            _checks.bounded("seqlen_offsets", offsets, limits, "rows of cos less max_seqlen")
+            limit, text = LengthTerms(cos.shape[0] - longest), "rows of cos less max_seqlen"
+            check([Bounded("seqlen_offsets", offsets, limit, text)], batch_size, x.device)
     else:
         # Rows that begin at the offset are a view: no tensor of equal offsets is made.
         cos, sin, offsets = cos[seqlen_offsets:], sin[seqlen_offsets:], None

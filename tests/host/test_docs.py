@@ -26,6 +26,7 @@ FOREIGN_TEXTS = {
     "ModuleNotFoundError: No module named 'torch'",
     "detected CUDA version mismatches the version that was used to compile PyTorch",
     "Killed",
+    "unspecified launch failure",
     "is not a supported wheel on this platform",
     "undefined symbol: ...",
     "version GLIBC_2.xx not found",
