@@ -25,6 +25,7 @@ import blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+COMPANIONS = ("norm_", "cross_entropy_")  # ops that begin so
 EMPTY = (
     "No results are recorded yet; `python benchmarks/bench_small_kernels.py` on a GPU writes them."
 )
@@ -93,20 +94,19 @@ def table(rows: Rows) -> str:
     return markdown([*header, *(["times torch's"] if with_torch else [])], lines, 2)
 
 
-def generate(results: Path = RESULTS, names: Sequence[str] = ("small_kernels",)) -> str:
-    """Row kernels: one section for each file of these names and each device that has it."""
+def generate(results: Path = RESULTS, *, of_companions: bool = False) -> str:
+    """Row kernels, or norms and cross-entropy: a section for each device that has some."""
     sections = []
-    for name in names:
-        for path, content in load(results, name):
-            if path.stem == name:
-                conditions_of_run = conditions(content["environment"])
-                sections.append(f"{conditions_of_run}\n\n{table(content['rows'])}")
+    for path, content in load(results, "small_kernels"):
+        rows = [row for row in content["rows"] if row["op"].startswith(COMPANIONS) == of_companions]
+        if path.stem == "small_kernels" and rows:
+            sections.append(f"{conditions(content['environment'])}\n\n{table(rows)}")
     return "\n\n".join(sections) or EMPTY
 
 
 def companions(results: Path = RESULTS) -> str:
-    """Norms and cross-entropy, which were measured by themselves."""
-    return generate(results, ("norms", "cross_entropy"))
+    """Norms and cross-entropy."""
+    return generate(results, of_companions=True)
 
 
 # ---- attention --------------------------------------------------------------------------------
