@@ -12,6 +12,17 @@ FA_DEVICE void red_global_add_f32(float* ptr, float x) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(ptr), "f"(x) : "memory");
 }
 
+// Two at once: one instruction from compute capability 9.0 on. ptr is a multiple of 8 bytes.
+FA_DEVICE void red_global_add_v2_f32(float* ptr, float x, float y) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(ptr), "f"(x), "f"(y)
+               : "memory");
+#else
+  red_global_add_f32(ptr, x);
+  red_global_add_f32(ptr + 1, y);
+#endif
+}
+
 // Four at once, compute capability 9.0. ptr is a multiple of 16 bytes.
 FA_DEVICE void red_global_add_v4_f32(float* ptr, const float (&x)[4]) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(ptr), "f"(x[0]),

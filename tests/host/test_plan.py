@@ -197,16 +197,44 @@ def test_sm90_bwd(introspect: ModuleType, dtype: str, head_dim: int) -> None:
         assert plan["workspace_bytes"] == (0 if completes else sums + counters)
 
 
-def test_what_sm90_bwd_leaves_to_sm80(introspect: ModuleType) -> None:
-    grouped = {"num_heads_q": 32, "num_heads_kv": 4, "batch_size": 1, "seqlen_q": 2048}
-    plan = introspect.make_plan(problem("bwd", **{**grouped, "seqlen_k": 2048}), "h100", ALL)
-    assert (plan["kernel"], plan["head_splits"]) == ("sm80_bwd_hdim128_bf16", 8)
-    assert plan["reasons"] == [
-        "sm90: tiles_k=64: its bwd leaves more than half of the 132 SMs idle"
-    ]
-    for fields in ({"seqlen_k": 2200}, {"seqlen_q": 500, "seqlen_k": 2048}, {"num_heads_kv": 32}):
-        plan = introspect.make_plan(problem("bwd", **{**grouped, **fields}), "h100", ALL)
-        assert plan["kernel"] == "sm90_bwd_hdim128_bf16"
+CAUSAL = {"window_right": 0}
+
+
+@pytest.mark.parametrize(
+    ("heads", "fields", "expected"),
+    [
+        ((32, 8), {}, 1),  # 1024 tiles of keys for 132 SMs
+        ((32, 8), CAUSAL, 1),
+        ((32, 8), {"seqlen_k": 1024}, 1),  # 128: nearly a whole wave
+        ((32, 8), {"seqlen_k": 1024, **CAUSAL}, 4),  # the longest ones end when all others have
+        ((64, 8), CAUSAL, 2),  # the query heads that run at a time are too many for L2
+        ((64, 8), {**CAUSAL, "head_dim": 64, "head_dim_v": 64}, 1),
+        ((16, 1), {"seqlen_k": 4096}, 2),  # 64
+        ((16, 1), {"seqlen_k": 4096, **CAUSAL}, 8),
+        ((16, 1), {"seqlen_k": 4096, "head_dim": 256, "head_dim_v": 256}, 1),  # a pair for each
+        ((16, 1), {"seqlen_k": 4096, "seqlen_q": 60}, 1),  # too little to do
+        ((8, 8), {"seqlen_k": 128}, 1),  # nothing to share
+    ],
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_sm90_bwd_head_splits(
+    introspect: ModuleType,
+    heads: tuple[int, int],
+    fields: dict[str, Any],
+    expected: int,
+    deterministic: bool,
+) -> None:
+    """CTAs share the query heads of a KV head where its tiles of keys leave SMs idle."""
+    sizes = {"batch_size": 2, "seqlen_q": 8192, "seqlen_k": 8192, "deterministic": deterministic}
+    sizes |= {"num_heads_q": heads[0], "num_heads_kv": heads[1], **fields}
+    plan = introspect.make_plan(problem("bwd", **sizes), "h100", ALL)
+    pairs = 2 if sizes.get("head_dim") == 256 else 1
+    tiles = 2 * sizes["seqlen_k"] // 128 * heads[1]
+    assert plan["library"] == "_sm90"
+    assert (plan["head_splits"], plan["num_ctas"]) == (expected, tiles * expected * pairs)
+    if expected > 1:
+        accum = 2 * sizes["seqlen_k"] * heads[1] * 2 * 128 * 4
+        assert plan["workspace_bytes"] >= accum + 4 * tiles * deterministic
 
 
 def test_dq_of_one_tile_of_keys_needs_no_workspace(introspect: ModuleType) -> None:

@@ -32,8 +32,8 @@ FA_DEVICE void say_warp_is_done(int* counter, int lane) {
 struct SharedGradient {
   float* sums;         // of key 0 of the sequence, this KV head
   int64_t row_stride;  // elements between keys
-  int num_cols;
-  int* counter;  // of the tile; nullptr: not deterministic
+  int num_cols;        // from `sums` on
+  int* counter;        // of the tile; nullptr: not deterministic
 
   static FA_DEVICE SharedGradient of(const BwdParams& p, float* accum, int num_cols, int batch,
                                      int64_t first_row, int head_kv, int n_block, int tile_n) {
@@ -61,8 +61,7 @@ struct SharedGradient {
       FA_UNROLL
       for (int n = 0; n < kN; ++n) {
         if (8 * n >= num_cols) continue;
-        ptx::red_global_add_f32(row + 8 * n, band[n][2 * h] * scale);
-        ptx::red_global_add_f32(row + 8 * n + 1, band[n][2 * h + 1] * scale);
+        ptx::red_global_add_v2_f32(row + 8 * n, band[n][2 * h] * scale, band[n][2 * h + 1] * scale);
       }
     }
   }

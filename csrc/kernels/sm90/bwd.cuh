@@ -2,7 +2,8 @@
 //
 // Head_dim 64 to 128; above: bwd_pair.cuh. A CTA keeps 128 keys of one KV head and streams tiles of
 // 64 queries, Q and dO, of the query heads that read it, so that dK and dV are complete in one
-// place. Four warpgroups:
+// place; or, where that gives too few CTAs, of a part of these heads (head_splits), and dK and dV
+// are added up in fp32 (shared_gradients.cuh). Four warpgroups:
 //   producer      one thread starts all copies, a warp brings LSE and delta   bwd_producer.h
 //                 two warps add dQ up in global memory                        bwd_dq.h
 //   2 consumers   64 keys each, along the rows, so that P^T and dS^T are operands as they are:
@@ -155,10 +156,12 @@ struct BwdConsumer {
   FA_DEVICE void store(const Gradient& acc_dk, const Gradient& acc_dv) const {
     // Found anew: the tile's numbers would fill registers throughout the loop.
     const BwdTile stored = bwd_tile(p, launch, ptx::opaque(blockIdx.x));
-    store_gradient<T>(acc_dv, stored, first_key(stored), {p.dv, p.dv_strides, p.head_dim_v}, 0,
-                      kScoreMod ? 256.f / p.score.keep_threshold : 1.f, lane);
-    store_gradient<T>(acc_dk, stored, first_key(stored), {p.dk, p.dk_strides, p.head_dim}, 0,
-                      p.score.softmax_scale, lane);
+    in_order_of_splits<Layout::kConsumers * 4>(p, stored, lane, [&] {
+      store_gradient<T>(p, acc_dv, stored, first_key(stored), dv_rows(p), 0,
+                        kScoreMod ? 256.f / p.score.keep_threshold : 1.f, lane);
+      store_gradient<T>(p, acc_dk, stored, first_key(stored), dk_rows(p), 0, p.score.softmax_scale,
+                        lane);
+    });
   }
 
   FA_DEVICE Kinds kinds() const {
@@ -456,8 +459,9 @@ __global__ void __launch_bounds__(BwdLayout<T, kHeadDim, kKind == BwdKind::kScor
   }
 }
 
-// KV heads whose Q, dO and dQ fill a share of the L2 cache run at the same time. H100 (50 MB): 4, 8
-// and 16 MB are equal, 32 MB is 6 % slower at 2k; deterministic 128 MB is 10 % slower at 8k.
+// KV heads, or splits of them, whose Q, dO and dQ fill a share of the L2 cache run at the same
+// time. H100 (50 MB): 4, 8 and 16 MB are equal, 32 MB is 6 % slower at 2k; deterministic 128 MB is
+// 10 % slower at 8k.
 constexpr int64_t kBwdL2GroupBytes = 16 << 20;
 
 // And about as many as fill the GPU: with fewer, the long tiles of the last ones begin behind short
@@ -467,8 +471,8 @@ int bwd_heads_at_once(const BwdParams& p, int num_sms) {
   const auto mean_length = [&](const SeqlenArgs& seqlens, int total) {
     return seqlens.cu_seqlens ? total / max(p.batch_size, 1) : seqlens.max_seqlen;
   };
-  const int64_t stream_bytes = int64_t{p.num_heads_q / p.num_heads_kv} *
-                               mean_length(p.seqlens_q, p.total_q) *
+  const int heads_per_cta = p.num_heads_q / (p.num_heads_kv * p.head_splits);
+  const int64_t stream_bytes = int64_t{heads_per_cta} * mean_length(p.seqlens_q, p.total_q) *
                                (2 * (p.head_dim + p.head_dim_v) + 4 * kHeadDim);
   const int tiles = ceil_div(max(1, mean_length(p.seqlens_k, p.total_k)), kBwdTileN);
   int heads = l2_group_size(stream_bytes, 1, kBwdL2GroupBytes);
@@ -499,12 +503,13 @@ inline cudaError_t encode_bwd_tensor_maps(const BwdParams& p, BwdLaunch& launch)
 
 template <class T, int kHeadDim, BwdKind kKind, class Kinds = NoMods>
 int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream) {
-  const TileGrid grid{max(1, ceil_div(p.seqlens_k.max_seqlen, kBwdTileN)), p.num_heads_kv,
-                      num_sequences};
+  const TileGrid grid{max(1, ceil_div(p.seqlens_k.max_seqlen, kBwdTileN)),
+                      p.num_heads_kv * p.head_splits, num_sequences};
   if (grid.size() == 0) return cudaSuccess;
   if (grid.size() > INT_MAX / 2) return cudaErrorInvalidConfiguration;
   BwdLaunch launch;
-  launch.heads_per_kv = p.num_heads_q / p.num_heads_kv;
+  launch.by_splits = FastDiv(p.head_splits);
+  launch.heads_per_cta = p.num_heads_q / (p.num_heads_kv * p.head_splits);
   launch.num_tiles = static_cast<int>(grid.size());
   launch.scale_log2 = p.score.softmax_scale * kLog2e;
   launch.in_order = p.dq_semaphore != nullptr;
@@ -562,16 +567,18 @@ int launch_bwd(const BwdParams& p, cudaStream_t stream) {
   // Varlen tensors have the rest behind the last sequence as well.
   const int num_sequences =
       p.batch_size + (p.seqlens_q.cu_seqlens || p.seqlens_k.cu_seqlens ? 1 : 0);
+  int error = cudaErrorInvalidValue;
   if (p.complete_dq) {
     if constexpr (sm90_bwd_completes_dq(kHeadDim))
-      return launch_bwd_kernel<T, kHeadDim, BwdKind::kCompleteDq>(p, num_sequences, stream);
-    return cudaErrorInvalidValue;
+      error = launch_bwd_kernel<T, kHeadDim, BwdKind::kCompleteDq>(p, num_sequences, stream);
+  } else if (has_score_mod(p.score)) {
+    error = launch_modified_bwd<T, kHeadDim>(p, num_sequences, stream);
+  } else {
+    error = launch_bwd_kernel<T, kHeadDim, BwdKind::kPlain>(p, num_sequences, stream);
   }
-  const int error = has_score_mod(p.score)
-                        ? launch_modified_bwd<T, kHeadDim>(p, num_sequences, stream)
-                        : launch_bwd_kernel<T, kHeadDim, BwdKind::kPlain>(p, num_sequences, stream);
-  return error != cudaSuccess ? error
-                              : launch_bwd_postprocess<T, kHeadDim>(p, num_sequences, stream);
+  if (error == cudaSuccess && !p.complete_dq)
+    error = launch_bwd_postprocess<T, kHeadDim>(p, num_sequences, stream);
+  return error != cudaSuccess ? error : launch_round_gradients<T>(p, stream);
 }
 
 }  // namespace fa

@@ -5,6 +5,7 @@
 #pragma once
 #include "attention/bwd_scores.h"
 #include "kernels/common/bwd_rows.h"
+#include "kernels/common/shared_gradients.cuh"
 #include "kernels/sm90/bwd_tile.h"
 #include "ptx/barrier.h"
 #include "ptx/shared_memory.h"
@@ -119,16 +120,47 @@ FA_DEVICE void clear_rows_behind(Tile rows, int num_rows, const SeqlenArgs& seql
   ptx::bar_sync(barrier, kWarpgroupSize);
 }
 
-// Where the row of a key is written.
+// Where the row of a key is written: dK or dV.
 struct BwdGradientRows {
   void* tensor;
   const Strides& strides;
   int num_cols;
+  float* sums;  // instead: what CTAs add to that share the query heads; nullptr: they do not
 };
+FA_DEVICE BwdGradientRows dk_rows(const BwdParams& p) {
+  return {p.dk, p.dk_strides, p.head_dim, p.dk_accum};
+}
+FA_DEVICE BwdGradientRows dv_rows(const BwdParams& p) {
+  return {p.dv, p.dv_strides, p.head_dim_v, p.dv_accum};
+}
+FA_DEVICE SharedGradient shared_gradient(const BwdParams& p, const BwdTile& tile,
+                                         const BwdGradientRows& to) {
+  return SharedGradient::of(p, to.sums, to.num_cols, tile.batch, tile.k_seq.first_row, tile.head_kv,
+                            tile.n_block, kBwdTileN);
+}
+
+// Around the gradients of a tile, by all kWarps that add some: deterministic, those of one split
+// behind those of the splits before it.
+template <int kWarps, class Add>
+FA_DEVICE void in_order_of_splits(const BwdParams& p, const BwdTile& tile, int lane, Add add) {
+  if (p.dkv_semaphore == nullptr) return add();
+  int* counter = shared_gradient(p, tile, dk_rows(p)).counter;
+  wait_for_warps(counter, tile.split * kWarps, lane);
+  add();
+  say_warp_is_done(counter, lane);
+}
+
 // Columns [first_col, first_col + 8 kN) of this warp's 16 keys from first_key on.
 template <class T, int kN>
-FA_DEVICE void store_gradient(const AccumTile<1, kN>& acc, const BwdTile& tile, int first_key,
-                              const BwdGradientRows& to, int first_col, float scale, int lane) {
+FA_DEVICE void store_gradient(const BwdParams& p, const AccumTile<1, kN>& acc, const BwdTile& tile,
+                              int first_key, const BwdGradientRows& to, int first_col, float scale,
+                              int lane) {
+  if (to.sums != nullptr) {
+    SharedGradient shared = shared_gradient(p, tile, to);
+    shared.sums += first_col;
+    shared.num_cols -= first_col;
+    return shared.add(acc.x[0], first_key, tile.k_seq.seqlen, scale, lane);
+  }
   FA_UNROLL
   for (int r = 0; r < 2; ++r) {
     const int key = first_key + r * 8 + lane / 4;
@@ -141,11 +173,13 @@ FA_DEVICE void store_gradient(const AccumTile<1, kN>& acc, const BwdTile& tile, 
   }
 }
 
-// dK = dV = 0 for keys that no query sees. The rest behind the last sequence may have more tiles
-// than the grid, so a tile stands for every num_n_blocks-th. `thread` of kThreads.
+// dK = dV = 0 for keys that no query sees, where they are no sums, which begin as zeros. The rest
+// behind the last sequence may have more tiles than the grid, so a tile stands for every
+// num_n_blocks-th. `thread` of kThreads.
 template <class T, int kThreads>
 FA_DEVICE void clear_gradients(const BwdParams& p, const BwdLaunch& launch, const BwdTile& tile,
                                int thread) {
+  if (p.dk_accum != nullptr) return;
   for (int first = tile.n_block * kBwdTileN; first < tile.k_seq.stored;
        first += launch.order.grid.num_m_blocks * kBwdTileN) {
     const Range rows{first, min(first + kBwdTileN, tile.k_seq.stored)};
@@ -169,7 +203,7 @@ FA_DEVICE void clear_unseen_dq(const BwdParams& p, const BwdLaunch& launch, cons
        first += launch.order.grid.num_m_blocks * kBwdTileM) {
     if (first + kBwdTileM > seen.begin && first < seen.end) continue;
     const Range rows{first, min(first + kBwdTileM, tile.q_seq.stored)};
-    for (int i = 0; i < launch.heads_per_kv; ++i)
+    for (int i = 0; i < launch.heads_per_cta; ++i)
       clear_rows<kThreads>(dq_row<T>(p, tile, tile.first_head + i, 0), p.dq_strides.token, rows,
                            p.head_dim, thread);
   }

@@ -97,10 +97,13 @@ struct BwdPairConsumer {
   FA_DEVICE void store(const Dv& acc_dv, const Dk& acc_dk, int dv_column, int dk_column,
                        int index) const {
     const BwdTile tile = bwd_tile(p, launch, ptx::opaque(index));
-    store_gradient<T>(acc_dv, tile, first_key(tile), {p.dv, p.dv_strides, p.head_dim_v}, dv_column,
-                      kScoreMod ? 256.f / p.score.keep_threshold : 1.f, lane);
-    store_gradient<T>(acc_dk, tile, first_key(tile), {p.dk, p.dk_strides, p.head_dim}, dk_column,
-                      p.score.softmax_scale, lane);
+    constexpr int kWarps = 2 * Layout::kCtas * 4;  // of both roles
+    in_order_of_splits<kWarps>(p, tile, lane, [&] {
+      store_gradient<T>(p, acc_dv, tile, first_key(tile), dv_rows(p), dv_column,
+                        kScoreMod ? 256.f / p.score.keep_threshold : 1.f, lane);
+      store_gradient<T>(p, acc_dk, tile, first_key(tile), dk_rows(p), dk_column,
+                        p.score.softmax_scale, lane);
+    });
   }
   template <int kN, class A, class Rows>
   FA_DEVICE void accumulate(AccumTile<1, kN>& acc, const A& operand, Rows rows) const {

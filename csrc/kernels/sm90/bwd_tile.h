@@ -5,6 +5,7 @@
 
 #include "core/bwd_order.h"
 #include "core/bwd_workspace.h"
+#include "core/fast_div.h"
 #include "core/mask.h"
 #include "core/params.h"
 #include "core/tile_scheduler.h"
@@ -16,18 +17,20 @@ constexpr int kBwdTileM = 64, kBwdTileN = 128;  // of every row in core/tile_con
 // What the launcher adds to the parameters.
 struct BwdLaunch {
   CUtensorMap q, k, v, dout;  // varlen: one batch entry of all rows
-  TileOrder order;            // its m_blocks are tiles of keys
-  int num_tiles, heads_per_kv;
+  TileOrder order;    // its m_blocks are tiles of keys, its heads the head_splits of KV heads
+  FastDiv by_splits;  // head_splits
+  int num_tiles, heads_per_cta;
   float scale_log2;  // softmax_scale * log2(e)
   bool heads_fit;    // all tiles of a head run at the same time
   bool in_order;     // tiles of keys add to a tile of queries in that of core/bwd_order.h
   int* next_tile;    // zeroed counter that deals out the tiles; nullptr: blockIdx says which
 };
 
-// A tile of keys of one KV head.
+// A tile of keys of one KV head, and the query heads that read it, or a part of them.
 struct BwdTile {
   int n_block, head_kv, batch;
-  int first_head;  // of the query heads that read it
+  int split;       // which part, below head_splits
+  int first_head;  // of the query heads
   SeqlenInfo q_seq, k_seq;
   MaskSpec mask;
   BlockRange blocks;  // of queries that see a key of it
@@ -37,14 +40,15 @@ struct BwdTile {
 FA_DEVICE BwdTile bwd_tile(const BwdParams& p, const BwdLaunch& launch, int index) {
   const TileCoord at = launch.order.coord(index);
   BwdTile tile;
-  tile.n_block = at.m_block, tile.head_kv = at.head, tile.batch = at.batch;
-  tile.first_head = at.head * launch.heads_per_kv;
+  const auto [head_kv, split] = divide(at.head, launch.by_splits);
+  tile.n_block = at.m_block, tile.head_kv = head_kv, tile.split = split, tile.batch = at.batch;
+  tile.first_head = at.head * launch.heads_per_cta;
   tile.q_seq = seqlen_info_or_rest(p.seqlens_q, tile.batch, p.batch_size, p.total_q);
   tile.k_seq = seqlen_info_or_rest(p.seqlens_k, tile.batch, p.batch_size, p.total_k);
   tile.mask =
       mask_spec(tile.q_seq.seqlen, tile.k_seq.seqlen, p.score.window_left, p.score.window_right);
   tile.blocks = m_block_range(tile.mask, tile.n_block, kBwdTileM, kBwdTileN);
-  tile.num_steps = tile.blocks.size() * launch.heads_per_kv;
+  tile.num_steps = tile.blocks.size() * launch.heads_per_cta;
   return tile;
 }
 
