@@ -128,6 +128,38 @@ def test_grouped_heads_that_fill_the_gpu(head_dim: int, deterministic: bool) -> 
 @BOTH
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("options", ["plain", "causal", "window", "everything"])
+def test_shared_heads(options: str, head_dim: int, deterministic: bool) -> None:
+    """So few tiles of keys, for so many queries, that CTAs share the query heads of a KV head."""
+    sizes = {"seqlen_q": 330, "head_dim": head_dim, "head_dim_v": head_dim}
+    how = How(deterministic=deterministic)
+    for heads, seqlen_k in (((8, 1), 400), ((12, 2), 100)):
+        problem = case(
+            num_heads_q=heads[0],
+            num_heads_kv=heads[1],
+            seqlen_k=seqlen_k,
+            **sizes,
+            **OPTIONS[options],
+        )
+        q, k, _ = (x.detach().requires_grad_() for x in problem.inputs(DEVICE))
+        step = plans.explain(q, k, k, causal=True, deterministic=deterministic).steps[-1]
+        assert step.head_splits == heads[0] // heads[1]
+        check_fixed(problem, DEVICE, how)
+
+
+@BOTH
+@pytest.mark.parametrize("packed", ["ragged", "rows_behind", "seqused", "one_tile_of_keys"])
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
+def test_shared_heads_packed(head_dim: int, packed: str, deterministic: bool) -> None:
+    lengths = PACKED[packed]
+    sizes = {"head_dim": head_dim, "head_dim_v": head_dim, "num_heads_q": 16, "num_heads_kv": 2}
+    for options in ("plain", "everything"):
+        problem = case(batch_size=len(lengths.seqlens_q), **sizes, **OPTIONS[options])
+        check_packed(problem, lengths, DEVICE, How(deterministic=deterministic))
+
+
+@BOTH
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("options", ["plain", "causal", "window", "everything"])
 def test_few_keys(options: str, head_dim: int, deterministic: bool) -> None:
     """A tile has all keys, so dQ need not be added up; some queries see none."""
     sizes = {"head_dim": head_dim, "head_dim_v": head_dim, "num_heads_q": 6, "num_heads_kv": 2}
