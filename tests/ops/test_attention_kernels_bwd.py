@@ -185,6 +185,17 @@ def test_packed_head_dims(head_dim: int) -> None:
     check_packed(problem, PACKED["seqused"], DEVICE)
 
 
+@BOTH
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(192, 128), (168, 80)])
+@pytest.mark.parametrize("options", ["plain", "causal", "window"])
+def test_narrow_values(options: str, head_dim: int, head_dim_v: int, deterministic: bool) -> None:
+    sizes = {"head_dim": head_dim, "head_dim_v": head_dim_v, **OPTIONS[options]}
+    how = How(deterministic=deterministic)
+    check_fixed(case(seqlen_q=330, seqlen_k=400, **sizes), DEVICE, how)
+    check_packed(case(batch_size=4, **sizes), PACKED["ragged"], DEVICE, how)
+    check_packed(case(batch_size=3, **sizes), PACKED["seqused"], DEVICE, how)
+
+
 def test_no_sequences() -> None:
     check_packed(case(batch_size=0), Packed([], [], extra=140), DEVICE)
     check_packed(case(batch_size=0), Packed([], []), DEVICE)

@@ -532,7 +532,15 @@ int launch_bwd_kernel(const BwdParams& p, int num_sequences, cudaStream_t stream
   error = encode_bwd_tensor_maps(p, launch);
   if (error != cudaSuccess) return error;
   if constexpr (kPair) {
-    return launch_bwd_pair_kernel<T, kHeadDim, kKind == BwdKind::kScoreMod>(p, launch, stream);
+    if constexpr (kKind == BwdKind::kScoreMod) {
+      return launch_bwd_pair_kernel<T, kHeadDim, BwdPairKind::kScoreMod>(p, launch, stream);
+    } else {
+      if constexpr (kHeadDim == 192) {
+        if (p.head_dim_v <= 128)
+          return launch_bwd_pair_kernel<T, kHeadDim, BwdPairKind::kNarrowV>(p, launch, stream);
+      }
+      return launch_bwd_pair_kernel<T, kHeadDim, BwdPairKind::kPlain>(p, launch, stream);
+    }
   } else {
     using Layout = BwdLayout<T, kHeadDim, kKind == BwdKind::kScoreMod>;
     constexpr auto kKernel = bwd_kernel<T, kHeadDim, kKind, Kinds>;

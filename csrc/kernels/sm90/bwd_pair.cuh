@@ -31,9 +31,10 @@
 namespace fa {
 
 // What both consumer warpgroups have.
-template <class T, int kHeadDim, bool kScoreMod>
+template <class T, int kHeadDim, BwdPairKind kKind>
 struct BwdPairConsumer {
-  using Layout = BwdPairLayout<T, kHeadDim, kScoreMod>;
+  using Layout = BwdPairLayout<T, kHeadDim, kKind>;
+  static constexpr bool kScoreMod = Layout::kScoreMod;
   static constexpr int kTileM = Layout::kTileM;
   using Scores = AccumTile<1, kTileM / 8>;     // S^T or dP^T
   using Operand = AFragments<1, kTileM / 16>;  // P^T or dS^T
@@ -91,19 +92,23 @@ struct BwdPairConsumer {
     release_by_warp(dout, lane);
     dout.advance();
   }
-  // dV and dK from a column on. The tile is found anew: its numbers would fill registers
-  // throughout.
-  template <class Dv, class Dk>
-  FA_DEVICE void store(const Dv& acc_dv, const Dk& acc_dk, int dv_column, int dk_column,
-                       int index) const {
+  // The gradients of a warp. The tile is found anew: its numbers would fill registers throughout.
+  template <class Store>
+  FA_DEVICE void store(int index, Store store_gradients) const {
     const BwdTile tile = bwd_tile(p, launch, ptx::opaque(index));
     constexpr int kWarps = 2 * Layout::kCtas * 4;  // of both roles
-    in_order_of_splits<kWarps>(p, tile, lane, [&] {
-      store_gradient<T>(p, acc_dv, tile, first_key(tile), dv_rows(p), dv_column,
-                        kScoreMod ? 256.f / p.score.keep_threshold : 1.f, lane);
-      store_gradient<T>(p, acc_dk, tile, first_key(tile), dk_rows(p), dk_column,
-                        p.score.softmax_scale, lane);
-    });
+    in_order_of_splits<kWarps>(p, tile, lane, [&] { store_gradients(tile); });
+  }
+  // Columns from `column` on.
+  template <class Gradient>
+  FA_DEVICE void store_dv(const Gradient& acc, const BwdTile& tile, int column) const {
+    store_gradient<T>(p, acc, tile, first_key(tile), dv_rows(p), column,
+                      kScoreMod ? 256.f / p.score.keep_threshold : 1.f, lane);
+  }
+  template <class Gradient>
+  FA_DEVICE void store_dk(const Gradient& acc, const BwdTile& tile, int column) const {
+    store_gradient<T>(p, acc, tile, first_key(tile), dk_rows(p), column, p.score.softmax_scale,
+                      lane);
   }
   template <int kN, class A, class Rows>
   FA_DEVICE void accumulate(AccumTile<1, kN>& acc, const A& operand, Rows rows) const {
@@ -121,11 +126,12 @@ struct BwdPairConsumer {
 };
 
 // S and P; columns [0, kLow) of dV, [0, kHigh) of dK.
-template <class T, int kHeadDim, bool kScoreMod>
-struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
-  using Base = BwdPairConsumer<T, kHeadDim, kScoreMod>;
+template <class T, int kHeadDim, BwdPairKind kKind>
+struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kKind> {
+  using Base = BwdPairConsumer<T, kHeadDim, kKind>;
   using Layout = typename Base::Layout;
-  using Base::Base, Base::p, Base::launch, Base::smem, Base::lane, Base::dout, Base::kTileM;
+  using Base::Base, Base::p, Base::launch, Base::smem, Base::lane, Base::dout, Base::kTileM,
+      Base::kScoreMod;
   using TileHighQ = SwizzledTile<kTileM, Layout::kHigh>;
 
   FA_DEVICE void run(const BwdTile& tile, int index) {
@@ -167,15 +173,20 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
       this->scores_at(n).wait_full();
       this->accumulate(acc_dk, Layout::smem_scores(smem, this->scores_at(n).stage),
                        TileHighQ{Layout::smem_q(smem, this->q_at(n).stage).base});
-      dout.wait_full();  // the high part, not for this warpgroup
-      this->release_dout();
+      if constexpr (Layout::kHasHighV) {
+        dout.wait_full();  // the high part, not for this warpgroup
+        this->release_dout();
+      }
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_pin(acc_s.x[0]);
       ptx::wgmma_pin(acc_dk.x[0]);
       release_by_warp(this->scores_at(n), lane);
       release_by_warp(this->q_at(n), lane);
     }
-    this->store(acc_dv, acc_dk, 0, 0, index);
+    this->store(index, [&](const BwdTile& stored) {
+      this->store_dv(acc_dv, stored, 0);
+      this->store_dk(acc_dk, stored, 0);
+    });
   }
 
   FA_DEVICE void wait_for_q(const typename Layout::StreamPipeline& queries, const BwdTile& tile,
@@ -231,15 +242,17 @@ struct BwdPairProbs : BwdPairConsumer<T, kHeadDim, kScoreMod> {
   }
 };
 
-// dP and dS; columns [kLow, kHeadDim) of dV, [kHigh, kHeadDim) of dK.
-template <class T, int kHeadDim, bool kScoreMod>
-struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
-  using Base = BwdPairConsumer<T, kHeadDim, kScoreMod>;
+// dP and dS; columns [kLow, kHeadDim) of dV if there are any, [kHigh, kHeadDim) of dK.
+template <class T, int kHeadDim, BwdPairKind kKind>
+struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kKind> {
+  using Base = BwdPairConsumer<T, kHeadDim, kKind>;
   using Layout = typename Base::Layout;
-  using Base::Base, Base::p, Base::launch, Base::smem, Base::lane, Base::dout, Base::kTileM;
+  using Base::Base, Base::p, Base::launch, Base::smem, Base::lane, Base::dout, Base::kTileM,
+      Base::kScoreMod;
 
   using TileLowQ = typename Layout::TileLow;
   static constexpr int kFirstQ = Layout::kHigh / 64 * Layout::TileStream::kSlabBytes;
+  static constexpr bool kHasHighV = Layout::kHasHighV;
 
   FA_DEVICE void run(const BwdTile& tile, int index) {
     typename Base::High acc_dv;
@@ -252,7 +265,7 @@ struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
     BwdStep step = BwdStep::first(launch, tile);
     this->wait_for_kept(tile, Layout::smem_v(smem), Layout::kVBarriers);
     issue_dp_low(acc_dp, tile, step, true);
-    issue_dp_high(acc_dp, tile, step, true);
+    if constexpr (kHasHighV) issue_dp_high(acc_dp, tile, step, true);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_pin(acc_dp.x[0]);
 #pragma unroll 1
@@ -262,15 +275,18 @@ struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
       this->q_at(n).wait_full();
       this->probs_at(n).wait_full();
       const typename Base::Operand operand = load_probs(n);
-      this->accumulate(acc_dv, operand,
-                       typename Layout::TileHigh{Layout::smem_dout(smem, dout.stage)});
+      if constexpr (kHasHighV)
+        this->accumulate(acc_dv, operand,
+                         typename Layout::TileHigh{Layout::smem_dout(smem, dout.stage)});
       to_dscores_of_step(operand, acc_dp, n);
       this->scores_at(n).wait_full();  // all warps of the warpgroup have stored
       this->accumulate(acc_dk, Layout::smem_scores(smem, this->scores_at(n).stage),
                        TileLowQ{Layout::smem_q(smem, this->q_at(n).stage).base + kFirstQ});
-      ptx::wgmma_wait_group<1>();  // dV is complete
-      ptx::wgmma_pin(acc_dv.x[0]);
-      this->release_dout();  // the high part
+      if constexpr (kHasHighV) {
+        ptx::wgmma_wait_group<1>();  // dV is complete
+        ptx::wgmma_pin(acc_dv.x[0]);
+        this->release_dout();  // the high part
+      }
       // Behind the last step, dP is of some old tile, which nobody reads.
       const bool is_new = n + 1 < tile.num_steps;
       if (is_new) step.advance(tile.blocks);
@@ -279,11 +295,14 @@ struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
       ptx::wgmma_pin(acc_dk.x[0]);
       release_by_warp(this->scores_at(n), lane);
       release_by_warp(this->q_at(n), lane);
-      issue_dp_high(acc_dp, tile, step, is_new);
+      if constexpr (kHasHighV) issue_dp_high(acc_dp, tile, step, is_new);
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_pin(acc_dp.x[0]);
     }
-    this->store(acc_dv, acc_dk, Layout::kLow, Layout::kHigh, index);
+    this->store(index, [&](const BwdTile& stored) {
+      if constexpr (kHasHighV) this->store_dv(acc_dv, stored, Layout::kLow);
+      this->store_dk(acc_dk, stored, Layout::kHigh);
+    });
   }
 
   // dP = V dO^T over the low columns, then over the high ones, which lie in the next buffer.
@@ -349,12 +368,12 @@ struct BwdPairDscores : BwdPairConsumer<T, kHeadDim, kScoreMod> {
   }
 };
 
-template <class T, int kHeadDim, bool kScoreMod>
+template <class T, int kHeadDim, BwdPairKind kKind>
 __global__ void __cluster_dims__(2, 1, 1)
-    __launch_bounds__(BwdPairLayout<T, kHeadDim, kScoreMod>::kThreads, 1)
+    __launch_bounds__(BwdPairLayout<T, kHeadDim, kKind>::kThreads, 1)
         bwd_pair_kernel(const __grid_constant__ BwdParams p,
                         const __grid_constant__ BwdLaunch launch) {
-  using Layout = BwdPairLayout<T, kHeadDim, kScoreMod>;
+  using Layout = BwdPairLayout<T, kHeadDim, kKind>;
   extern __shared__ __align__(1024) char smem[];
   const uint32_t smem_base = ptx::cvta_to_shared(smem);
   if (threadIdx.x == 0) {
@@ -396,18 +415,18 @@ __global__ void __cluster_dims__(2, 1, 1)
       const int thread = threadIdx.x - 2 * kWarpgroupSize + rank * 2 * kWarpgroupSize;
       clear_gradients<T, kThreads>(p, launch, tile, thread);
     } else if (warpgroup == 2) {
-      BwdPairProbs<T, kHeadDim, kScoreMod>(p, launch, smem_base, rank, 1).run(tile, index);
+      BwdPairProbs<T, kHeadDim, kKind>(p, launch, smem_base, rank, 1).run(tile, index);
     } else {
-      BwdPairDscores<T, kHeadDim, kScoreMod>(p, launch, smem_base, rank, 2).run(tile, index);
+      BwdPairDscores<T, kHeadDim, kKind>(p, launch, smem_base, rank, 2).run(tile, index);
     }
   }
   ptx::cluster_sync();  // nobody arrives at this CTA's barriers or writes its memory any more
 }
 
-template <class T, int kHeadDim, bool kScoreMod>
+template <class T, int kHeadDim, BwdPairKind kKind>
 int launch_bwd_pair_kernel(const BwdParams& p, const BwdLaunch& launch, cudaStream_t stream) {
-  using Layout = BwdPairLayout<T, kHeadDim, kScoreMod>;
-  constexpr auto kKernel = bwd_pair_kernel<T, kHeadDim, kScoreMod>;
+  using Layout = BwdPairLayout<T, kHeadDim, kKind>;
+  constexpr auto kKernel = bwd_pair_kernel<T, kHeadDim, kKind>;
   const cudaError_t error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
   if (error != cudaSuccess) return error;
   kKernel<<<launch.num_tiles * Layout::kCtas, Layout::kThreads, Layout::kSmemBytes, stream>>>(

@@ -9,8 +9,12 @@
 
 namespace fa {
 
-template <class T, int kHeadDim, bool kScoreMod>
+// kNarrowV: without score modifications, and head_dim_v is at most 128.
+enum class BwdPairKind { kPlain, kScoreMod, kNarrowV };
+
+template <class T, int kHeadDim, BwdPairKind kKind>
 struct BwdPairLayout {
+  static constexpr bool kScoreMod = kKind == BwdPairKind::kScoreMod;
   static constexpr BwdTileConfig kTile = bwd_tile_config(Arch::kSm90, kHeadDim);
   static constexpr int kTileM = kBwdTileM, kKeys = 64;  // keys of a CTA
   static constexpr int kCtas = kTile.num_ctas;
@@ -21,15 +25,17 @@ struct BwdPairLayout {
   static_assert(kCtas == 2 && kThreads == 4 * kWarpgroupSize && kHeadDim % 64 == 0 && kSlabs > 2);
 
   // Columns of dV and of dK: the first of one warpgroup, the rest of the other. dO comes in these
-  // two parts, a ring of buffers of the larger one.
+  // two parts, a ring of buffers of the larger one; where V is narrow, in the first alone.
   static constexpr int kLow = 128, kHigh = kHeadDim - kLow;
+  static constexpr bool kHasHighV = kKind != BwdPairKind::kNarrowV;
   static constexpr int kStages = kTile.num_q_stages;
   static constexpr int kDoutStages = kTile.num_dout_stages;
   // P, then dS, of a step; and as many of the other CTA's dS. Score modifications pass more between
   // the warpgroups, for which one has to go.
   static constexpr int kScoresStages = kScoreMod && kHeadDim > 192 ? 1 : kTile.num_ds_stages;
 
-  using TileKept = SwizzledTile<kKeys, kHeadDim>;     // K or V
+  using TileKept = SwizzledTile<kKeys, kHeadDim>;  // K
+  using TileV = SwizzledTile<kKeys, kHasHighV ? kHeadDim : kLow>;
   using TileShared = SwizzledTile<kKeys, kLow>;       // of the other CTA's K
   using TileStream = SwizzledTile<kTileM, kHeadDim>;  // Q
   using TileLow = SwizzledTile<kTileM, kLow>;         // part of dO
@@ -62,7 +68,7 @@ struct BwdPairLayout {
                 (kScoreMod ? max_smem_bytes(Arch::kSm90) : sm90_bwd_smem_bytes(kTile, kHeadDim)));
 
   static FA_DEVICE TileKept smem_k(uint32_t smem) { return {smem + kK}; }
-  static FA_DEVICE TileKept smem_v(uint32_t smem) { return {smem + kV}; }
+  static FA_DEVICE TileV smem_v(uint32_t smem) { return {smem + kV}; }
   static FA_DEVICE TileStream smem_q(uint32_t smem, int stage) {
     return {smem + kQ + stage * TileStream::kBytes};
   }

@@ -34,7 +34,8 @@ struct BwdPairProducer {
     load_dout<typename Layout::TileLow>(tile, step, 0);
     load_kept(tile, rank, 0, &launch.v, Layout::smem_v(smem), Layout::kVBarriers);
     for (int n = 0;; ++n) {
-      load_dout<typename Layout::TileHigh>(tile, step, Layout::kLow);
+      if constexpr (Layout::kHasHighV)
+        load_dout<typename Layout::TileHigh>(tile, step, Layout::kLow);
       if (n == 0)
         load_kept(tile, 1 - rank, Layout::first_shared_slab(rank) * 64, &launch.k,
                   typename Layout::TileShared{smem + Layout::kShared}, Layout::kSharedBarriers);
