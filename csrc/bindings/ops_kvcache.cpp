@@ -228,19 +228,22 @@ OutLse kvcache_append_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& 
   } else {
     appended.seqlen_new = to_int("seqlen", k.size(1));
   }
-  // The launch of decode does it all where it can copy new keys 16 bytes at a time; wgmma's cannot.
+  // The launch of decode does it all where it can copy new keys 16 bytes at a time. wgmma's does
+  // not: it begins while a launch before it appends.
   std::optional<Tensor> rotated;
   const bool is_decode = !is_prefill(args, kernel, appended);
-  const bool can_append = is_decode && kernel.planned.plan.tile_m != kDecodeWgmmaRows;
-  if (can_append && append_kernel.backend && append_kernel.plan.vectorized &&
+  const bool is_wgmma = is_decode && kernel.planned.plan.tile_m == kDecodeWgmmaRows;
+  if (is_decode && !is_wgmma && append_kernel.backend && append_kernel.plan.vectorized &&
       decode_launches(kernel) && k.numel() > 0) {
     appended.by_decode = append_kv_params(append_kernel, append, sizes);
   } else {
     append_kv(k_cache, v_cache, k, v, *cache_seqlens, cache_batch_idx, page_table, cu_seqlens_k_new,
               rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved);
+    appended.overlaps = is_wgmma && append_kernel.backend && k.numel() > 0;
     if (rotary_cos) {
+      const auto rotate = appended.overlaps ? rotary_overlapping : rotary;
       rotated =
-          rotary(q, *rotary_cos, *rotary_sin, rotary_seqlens ? rotary_seqlens : cache_seqlens,
+          rotate(q, *rotary_cos, *rotary_sin, rotary_seqlens ? rotary_seqlens : cache_seqlens,
                  cu_seqlens_q, max_seqlen_q, rotary_interleaved, false, appended.same_position);
       appended.rotated_q = &*rotated;
     }

@@ -48,8 +48,9 @@ PlannedKernel plan_rotary(const RotaryArgs& args) {
   return plan_kernel(problem, x.get_device_index());
 }
 
-// out: x itself, or a tensor of its shape.
-void launch_rotary(const PlannedKernel& kernel, const RotaryArgs& args, const Tensor& out) {
+// out: x itself, or a tensor of its shape. overlaps: RotaryParams.
+void launch_rotary(const PlannedKernel& kernel, const RotaryArgs& args, const Tensor& out,
+                   bool overlaps = false) {
   const Tensor& x = args.x;
   const bool varlen = args.cu_seqlens.has_value();
   const int64_t rank = x.dim();
@@ -69,8 +70,18 @@ void launch_rotary(const PlannedKernel& kernel, const RotaryArgs& args, const Te
   p.dtype = *dtype_of(x.scalar_type());
   p.same_position = args.same_position;
   p.vectorized = kernel.plan.vectorized;
+  p.overlaps = overlaps && kernel.backend->arch >= 90;
   if (x.numel() == 0) return;
   launch(*kernel.backend, kernel.backend->rotary, p, x.get_device_index());
+}
+
+Tensor rotated(const RotaryArgs& args, bool overlaps) {
+  const PlannedKernel kernel = plan_rotary(args);
+  if (kernel.backend == nullptr) return args.call_tiled<Tensor>("flash_attn_ext::rotary");
+  // Contiguous, whatever the strides of x: the fake implementation says the same.
+  Tensor out = new_tensor(args.x, Shape(args.x));
+  launch_rotary(kernel, args, out, overlaps);
+  return out;
 }
 
 }  // namespace
@@ -78,14 +89,18 @@ void launch_rotary(const PlannedKernel& kernel, const RotaryArgs& args, const Te
 Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
               const OptionalTensor& seqlen_offsets, const OptionalTensor& cu_seqlens,
               int64_t max_seqlen, bool interleaved, bool conjugate, bool same_position) {
-  const RotaryArgs args{x,          cos,         sin,       seqlen_offsets, cu_seqlens,
-                        max_seqlen, interleaved, conjugate, same_position};
-  const PlannedKernel kernel = plan_rotary(args);
-  if (kernel.backend == nullptr) return args.call_tiled<Tensor>("flash_attn_ext::rotary");
-  // Contiguous, whatever the strides of x: the fake implementation says the same.
-  Tensor out = new_tensor(x, Shape(x));
-  launch_rotary(kernel, args, out);
-  return out;
+  return rotated(
+      {x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, conjugate, same_position},
+      false);
+}
+
+Tensor rotary_overlapping(const Tensor& x, const Tensor& cos, const Tensor& sin,
+                          const OptionalTensor& seqlen_offsets, const OptionalTensor& cu_seqlens,
+                          int64_t max_seqlen, bool interleaved, bool conjugate,
+                          bool same_position) {
+  return rotated(
+      {x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, conjugate, same_position},
+      true);
 }
 
 namespace {

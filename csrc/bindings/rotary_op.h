@@ -9,4 +9,10 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
               const OptionalTensor& seqlen_offsets, const OptionalTensor& cu_seqlens,
               int64_t max_seqlen, bool interleaved, bool conjugate, bool same_position);
 
+// The same behind a launch that neither writes what this one reads nor is complete before it has to
+// be: see RotaryParams::overlaps.
+Tensor rotary_overlapping(const Tensor& x, const Tensor& cos, const Tensor& sin,
+                          const OptionalTensor& seqlen_offsets, const OptionalTensor& cu_seqlens,
+                          int64_t max_seqlen, bool interleaved, bool conjugate, bool same_position);
+
 }  // namespace fa

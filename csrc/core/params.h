@@ -153,6 +153,8 @@ struct RotaryParams {
   int seqlen;  // tokens of each sequence; varlen: of all together
   DType dtype;
   bool same_position;  // every token of a sequence has position seqlen_offsets[batch]
+  bool overlaps;       // begins, on SM90, while the launch before it ends: that one writes nothing
+                       // that this one reads, and ends before it does
   bool vectorized;     // rows of x, out, cos, sin and both halves start at multiples of 16 bytes
 };
 
@@ -293,6 +295,8 @@ struct DecodeParams {
   int num_ctas;    // of the launch, for which `partial` has room
   int num_splits;  // 0: keys are shared out evenly; 1: no tile is split; n: into n parts at most
   DType dtype;
+  bool overlaps;  // begins while the launch before it ends, of append_kv or of rotary with q, and
+                  // waits for that before it reads q and the caches: kDecodeWgmmaRows
 
   // The launch itself writes new keys and values into the caches, vectorized, and reads them where
   // they are; it rotates keys and queries if the table has a dimension. append.k is nullptr: not.

@@ -14,6 +14,7 @@
 #include "core/params.h"
 #include "core/row_kernels.h"
 #include "core/token_tile.h"
+#include "ptx/grid_dependency.h"
 
 namespace fa {
 
@@ -93,6 +94,7 @@ FA_DEVICE void append_kv_tile(const AppendKvParams& p, const AppendKvTiles& tile
 template <class T, int kVec, int kHeads>
 __global__ void __launch_bounds__(kAppendKvThreads, kAppendKvCtasPerSm)
     append_kv_kernel(const __grid_constant__ AppendKvParams p, AppendKvTiles tiles) {
+  ptx::griddepcontrol_launch_dependents();
   append_kv_tile<T, kVec, kHeads, kAppendKvThreads>(p, tiles, blockIdx.x);
 }
 

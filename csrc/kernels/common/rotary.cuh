@@ -12,6 +12,8 @@
 #include "core/params.h"
 #include "core/row_kernels.h"
 #include "core/token_tile.h"
+#include "kernels/launch.h"
+#include "ptx/grid_dependency.h"
 
 namespace fa {
 
@@ -24,6 +26,7 @@ template <class T, int kVec, int kHeads>
 __global__ void __launch_bounds__(kRotaryThreads, kRotaryCtasPerSm)
     rotary_kernel(const __grid_constant__ RotaryParams p, FastDiv by_token, FastDiv by_row,
                   int tile_tokens) {
+  ptx::griddepcontrol_launch_dependents();
   const TokenTile tile = token_tile(p.cu_seqlens, p.batch_size, p.seqlen, tile_tokens, blockIdx.x);
   const int offset = p.seqlen_offsets == nullptr ? 0 : p.seqlen_offsets[tile.batch];
   const int units = (tile.end - tile.begin) * by_token.divisor();
@@ -45,6 +48,7 @@ __global__ void __launch_bounds__(kRotaryThreads, kRotaryCtasPerSm)
         static_cast<T*>(p.out) + tile.batch * p.out_strides.batch + row * p.out_strides.token,
         p.out_strides.head, heads, columns);
   }
+  ptx::griddepcontrol_wait();  // who waits for this launch waits for the one before it, too
 }
 
 template <class T>
@@ -59,9 +63,10 @@ int launch_rotary(const RotaryParams& p, cudaStream_t stream) {
   const auto kernel = !p.vectorized      ? rotary_kernel<T, 1, kHeadsPerThread>
                       : p.num_heads == 1 ? rotary_kernel<T, kVecSize<T>, 1>
                                          : rotary_kernel<T, kVecSize<T>, kHeadsPerThread>;
-  kernel<<<static_cast<unsigned>(tiles), kRotaryThreads, 0, stream>>>(
-      p, FastDiv(per_token), FastDiv(per_row), tile_tokens);
-  return cudaGetLastError();
+  LaunchConfig config(static_cast<unsigned>(tiles), kRotaryThreads, 0, stream);
+  if (p.overlaps) config.overlap();
+  return cudaLaunchKernelEx(config.get(), kernel, p, FastDiv(per_token), FastDiv(per_row),
+                            tile_tokens);
 }
 
 }  // namespace fa

@@ -2,17 +2,16 @@
 // mma.sync would be the limit. Rows are the query heads of one KV head and their queries.
 //
 // One CTA to an SM takes an equal share of all key blocks (core/decode_schedule.h), counted on the
-// device, and walks the tiles in it, from the last block of each to the first. In the producer
-// warpgroup one thread finds the items, one warp starts the copies; each consumer warpgroup
-// computes 64 rows, as the forward does (fwd.cuh):
+// device, and walks the tiles in it, from the last block of each to the first. The producer
+// warpgroup brings what they need (decode_load.h); each consumer warpgroup computes 64 rows, as the
+// forward does (fwd.cuh):
 //   for n_block of the item:  S = Q K^T;  meanwhile O += P V of the block before;
 //                                    mask(S);  P = softmax weights of S
+// Where no tile has more than 64 rows, the warpgroups take the tiles by turns: one stores its
+// results while the other has begun the next tile.
 // Memory: per consumer warpgroup smem_q [64, head_dim], then num_stages of smem_k and of smem_v
 // [tile_n, head_dim], in slabs of 64 columns with 128-byte swizzle, then barriers and DecodeShared.
-// Pages: a block is copied in boxes that are part of one page each, a lane to a box.
-// A tile that is cut leaves its results in global memory. A second kernel, whose start-up overlaps
-// the end of the first, merges them: CTA i takes its share of the rows of the tiles of which CTA i
-// had a part. The last CTA of a tile to arrive, alone, would take longer for many rows.
+// A tile that is cut leaves its results in global memory, for a second launch (decode_merge.h).
 // Keys behind the end of a sequence, and pages of nobody, may hold anything, also NaN: K's are
 // masked, V's are overwritten with zeros in shared memory. Numbers: docs/performance/decode.md.
 #pragma once
@@ -21,195 +20,21 @@
 
 #include "attention/apply_mask.h"
 #include "attention/steady_softmax.h"
-#include "core/split.h"
 #include "kernels/launch.h"
 #include "kernels/sm80/decode_output.h"
-#include "kernels/sm80/decode_work.h"
+#include "kernels/sm90/decode_layout.h"
+#include "kernels/sm90/decode_load.h"
+#include "kernels/sm90/decode_merge.h"
 #include "kernels/tensor_map.h"
 #include "ptx/barrier.h"
-#include "ptx/cp_async.h"
 #include "ptx/grid_dependency.h"
 #include "ptx/shared_memory.h"
 #include "ptx/tma.h"
 #include "ptx/warpgroup.h"
 #include "tile/mma_sm90.h"
-#include "tile/pipeline.h"
-#include "tile/smem_tile_sm90.h"
 #include "tile/store_sm90.h"
 
 namespace fa {
-
-// What the launcher adds to the parameters.
-struct WgmmaDecodeLaunch {
-  CUtensorMap k, v;  // a cache or a page is a batch entry
-  DecodeLaunch common;
-  float threshold;     // kMaxWeightLog2 / common.scale
-  int box_rows;        // keys that one copy brings: a block, or a page's part of it
-  uint64_t l2_policy;  // of K and V
-};
-
-template <int kHeadDim, DecodeTiles kTiles>
-struct WgmmaDecodeLayout {
-  static constexpr FwdTileConfig kTile = sm90_decode_tile_config(kHeadDim, kTiles);
-  static constexpr int kConsumers = kTile.num_warps / 4;  // warpgroups
-  static constexpr int kThreads = fwd_num_threads(Arch::kSm90, kTile);
-  static constexpr int kRows = 64;  // of a warpgroup
-  // Finding an item takes more registers than the scheduler of the forward has.
-  static constexpr WarpgroupRegisters kRegisters{168, 56, 224};
-  static_assert(kConsumers == 2 && kTile.tile_m == kRows * kConsumers);
-
-  using Shape = DecodeShape<kTile.tile_m, kTile.tile_n, kThreads, false>;
-  using Shared = DecodeShared<kThreads>;
-  using TileQ = SwizzledTile<kRows, kHeadDim>;
-  using TileKV = SwizzledTile<kTile.tile_n, kHeadDim>;
-  using KvPipeline = Pipeline<kTile.num_stages>;
-  using ItemPipeline = Pipeline<3>;  // of DecodeShared::items
-
-  static constexpr int kK = kConsumers * TileQ::kBytes;
-  static constexpr int kV = kK + kTile.num_stages * TileKV::kBytes;
-  static constexpr int kKBarriers = kV + kTile.num_stages * TileKV::kBytes;
-  static constexpr int kVBarriers = kKBarriers + KvPipeline::kBarrierBytes;
-  static constexpr int kItemBarriers = kVBarriers + KvPipeline::kBarrierBytes;
-  static constexpr int kShared = kItemBarriers + ItemPipeline::kBarrierBytes;
-  static constexpr int kSmemBytes = sm90_decode_smem_bytes(kHeadDim, kTiles);
-  static_assert(kShared + static_cast<int>(sizeof(Shared)) <= kSmemBytes);
-
-  static FA_DEVICE TileQ smem_q(uint32_t smem, int warpgroup) {
-    return {smem + warpgroup * TileQ::kBytes};
-  }
-  static FA_DEVICE TileKV smem_k(uint32_t smem, int stage) {
-    return {smem + kK + stage * TileKV::kBytes};
-  }
-  static FA_DEVICE TileKV smem_v(uint32_t smem, int stage) {
-    return {smem + kV + stage * TileKV::kBytes};
-  }
-  static FA_DEVICE void init_barriers(uint32_t smem) {
-    KvPipeline::init(smem + kKBarriers, kTile.num_warps);
-    KvPipeline::init(smem + kVBarriers, kTile.num_warps);
-    ItemPipeline::init(smem + kItemBarriers, kTile.num_warps + 1);  // and the loader
-    ptx::fence_mbarrier_init();
-  }
-};
-
-// The thread that finds the items, up to three ahead. find_share() has found the first.
-template <class Layout>
-FA_DEVICE void find_decode_items(const DecodeParams& p, const DecodeLaunch& launch,
-                                 typename Layout::Shared& shared, uint32_t smem) {
-  auto slot = Layout::ItemPipeline::producer(smem + Layout::kItemBarriers);
-#pragma unroll 1
-  for (bool is_first = true;; is_first = false) {
-    DecodeItem& item = shared.items[slot.stage];
-    slot.wait_empty();
-    if (!is_first) next_item<typename Layout::Shape>(p, launch, shared.cursor, item);
-    const bool exists = item.end >= 0;
-    if (exists) find_sharers(shared.cursor.split, item);
-    ptx::mbarrier_arrive(slot.full());
-    if (!exists) return;
-    slot.advance();
-  }
-}
-
-// The warp that starts all copies: each lane has a box of a block, the slabs of a row by turns.
-template <class Layout>
-struct WgmmaDecodeLoader {
-  using TileKV = typename Layout::TileKV;
-  static constexpr int kTileN = Layout::kTile.tile_n;
-
-  const DecodeParams& p;
-  const WgmmaDecodeLaunch& launch;
-  uint32_t smem;
-  int lane;
-  typename Layout::KvPipeline k, v;
-
-  FA_DEVICE WgmmaDecodeLoader(const DecodeParams& params, const WgmmaDecodeLaunch& decode_launch,
-                              uint32_t smem_base)
-      : p(params),
-        launch(decode_launch),
-        smem(smem_base),
-        lane(threadIdx.x % kWarpSize),
-        k(Layout::KvPipeline::producer(smem_base + Layout::kKBarriers)),
-        v(Layout::KvPipeline::producer(smem_base + Layout::kVBarriers)) {}
-
-  FA_DEVICE void run(typename Layout::Shared& shared) {
-    auto slot = Layout::ItemPipeline::consumer(smem + Layout::kItemBarriers);
-#pragma unroll 1
-    while (true) {
-      slot.wait_full();
-      const DecodeItem& item = shared.items[slot.stage];
-      if (item.end < 0) return;
-      load(item);
-      __syncwarp();  // all lanes are done with the item
-      if (lane == 0) slot.release();
-      slot.advance();
-    }
-  }
-
-  // K of a block goes ahead of V of the block before, as they are needed.
-  FA_DEVICE void load(const DecodeItem& item) {
-    int block = item.end - 1;
-    if (block < item.begin) return;
-    ptx::BoxOrigin at = box(item, block);
-    load_tile(k, &launch.k, Layout::smem_k(smem, k.stage), at);
-#pragma unroll 1
-    while (--block >= item.begin) {
-      const ptx::BoxOrigin next = box(item, block);
-      load_tile(k, &launch.k, Layout::smem_k(smem, k.stage), next);
-      load_tile(v, &launch.v, Layout::smem_v(smem, v.stage), at);
-      at = next;
-    }
-    load_tile(v, &launch.v, Layout::smem_v(smem, v.stage), at);
-  }
-
-  // Where this lane's box of a block is. Behind the last key: any page of the pool.
-  FA_DEVICE ptx::BoxOrigin box(const DecodeItem& item, int block) const {
-    const SeqlenInfo& seq = item.entry.k_seq;
-    const int column = lane % TileKV::kSlabs * TileKV::kSlabCols;
-    const int row = block * kTileN + lane / TileKV::kSlabs * launch.box_rows;
-    if (p.page_table == nullptr) return {column, seq.leftpad + row, item.head_kv, item.cache};
-    const auto [at, row_in_page] = divide(min(row, seq.seqlen - 1), launch.common.by_page);
-    const int page = p.page_table[item.cache * p.page_table_batch_stride + at];
-    const bool exists = row < seq.seqlen;
-    return {column, exists ? row_in_page : 0, item.head_kv, clamp(page, 0, p.num_caches - 1)};
-  }
-
-  FA_DEVICE void load_tile(typename Layout::KvPipeline& pipeline, const void* map, TileKV tile,
-                           ptx::BoxOrigin at) {
-    pipeline.wait_empty();
-    if (lane == 0) ptx::mbarrier_arrive_expect_tx(pipeline.full(), TileKV::kBytes);
-    __syncwarp();  // the bytes are announced
-    if (lane < TileKV::kSlabs * (kTileN / launch.box_rows)) {
-      const int first_row = lane / TileKV::kSlabs * launch.box_rows;
-      ptx::cp_async_bulk_tensor_4d(tile.base + lane % TileKV::kSlabs * TileKV::kSlabBytes +
-                                       first_row * TileKV::kSlabRowBytes,
-                                   map, at, pipeline.full(), launch.l2_policy);
-    }
-    pipeline.advance();
-  }
-};
-
-// The two tiles of each CTA that may be cut, behind the results in the workspace.
-template <int kHeadDim>
-struct CutTiles {
-  static_assert(sizeof(DecodeItem) <= 4 * kDecodeItemWords && sizeof(DecodeItem) % 4 == 0);
-  int* words;
-
-  FA_DEVICE explicit CutTiles(const DecodeParams& p)
-      : words(reinterpret_cast<int*>(p.partial) +
-              decode_partial_words(gridDim.x, kDecodeWgmmaRows, kHeadDim)) {}
-
-  // Tile 0 begins in a CTA before this one, tile 1 in this one; first_cta < 0: is not cut.
-  FA_DEVICE DecodeItem& item(int which) const {
-    return *reinterpret_cast<DecodeItem*>(words + (2 * blockIdx.x + which) * kDecodeItemWords);
-  }
-  FA_DEVICE void clear() const { item(0).first_cta = item(1).first_cta = -1; }
-  // By one warp.
-  FA_DEVICE void put(const DecodeItem& cut, int lane) const {
-    const int* from = reinterpret_cast<const int*>(&cut);
-    int* to = reinterpret_cast<int*>(&item(static_cast<int>(blockIdx.x) == cut.first_cta));
-    for (int i = lane; i < static_cast<int>(sizeof(DecodeItem) / 4); i += kWarpSize)
-      to[i] = from[i];
-  }
-};
 
 // A warpgroup's computation.
 template <class T, int kHeadDim, DecodeTiles kTiles>
@@ -230,8 +55,11 @@ struct WgmmaDecodeConsumer {
   const WgmmaDecodeLaunch& launch;
   typename Layout::Shared& shared;
   uint32_t smem;
-  int warpgroup, warp, lane;  // among the consumers
+  WarpgroupShare share;
+  int warp, lane;  // of the warpgroup, of the warp
   typename Layout::KvPipeline k, v;
+  typename Layout::QPipeline q;
+  uint32_t turn_parity;  // of the phase of its turn barrier that lets it begin
 
   FA_DEVICE WgmmaDecodeConsumer(const DecodeParams& params, const WgmmaDecodeLaunch& decode_launch,
                                 typename Layout::Shared& decode_shared, uint32_t smem_base,
@@ -240,30 +68,34 @@ struct WgmmaDecodeConsumer {
         launch(decode_launch),
         shared(decode_shared),
         smem(smem_base),
-        warpgroup(consumer),
-        warp(consumer * 4 + threadIdx.x / kWarpSize % 4),
+        share(decode_launch, consumer, Layout::kRows),
+        warp(threadIdx.x / kWarpSize % 4),
         lane(threadIdx.x % kWarpSize),
         k(Layout::KvPipeline::consumer(smem_base + Layout::kKBarriers)),
-        v(Layout::KvPipeline::consumer(smem_base + Layout::kVBarriers)) {}
+        v(Layout::KvPipeline::consumer(smem_base + Layout::kVBarriers)),
+        q(Layout::QPipeline::consumer(Layout::q_barriers(smem_base, consumer))),
+        turn_parity(consumer == 0 ? 1 : 0) {}  // the first turn is warpgroup 0's
 
   FA_DEVICE float scale_log2() const { return launch.common.scale; }
   FA_DEVICE int first_row(const DecodeItem& item) const { return item.entry.m_block * kTileM; }
-  // Rows of the tile that attend.
   FA_DEVICE int num_rows(const DecodeItem& item) const {
-    return min(kTileM,
-               item.entry.q_seq.seqlen * launch.common.by_group.divisor() - first_row(item));
+    return num_tile_rows<Layout>(launch.common, item);
   }
   // Row r of this lane in the tile.
-  FA_DEVICE int tile_row(int r) const { return 16 * warp + 8 * r + lane / 4; }
+  FA_DEVICE int tile_row(int r) const { return share.first_row + 16 * warp + 8 * r + lane / 4; }
 
   FA_DEVICE void run() {
     auto slot = Layout::ItemPipeline::consumer(smem + Layout::kItemBarriers);
 #pragma unroll 1
-    while (true) {
+    for (int turn = 0;; ++turn) {
       slot.wait_full();
       const DecodeItem& item = shared.items[slot.stage];
       if (item.end < 0) return;
-      compute(item);
+      if (share.has(turn)) {
+        compute(item);
+      } else {
+        pass_over(max(0, item.end - item.begin));
+      }
       release(slot);
       slot.advance();
     }
@@ -274,27 +106,48 @@ struct WgmmaDecodeConsumer {
     Output acc_o;
     acc_o.clear();
     Softmax softmax;
-    if (item.begin < item.end && Layout::kRows * warpgroup < num_rows(item)) {
-      load_q(item);
+    const bool has_rows = item.begin < item.end && share.first_row < num_rows(item);
+    if (has_rows) q.wait_full();
+    if (share.by_turns) take_turn();
+    if (has_rows) {
       Weights weights;
       int block = item.end - 1;
       first_step(weights, softmax, item, block);
 #pragma unroll 1
       while (block != item.begin) step(weights, acc_o, softmax, item, --block);
       v.wait_full();
+      if (share.by_turns) give_turn();
       issue_pv(acc_o, weights);
       softmax.finish(RowsOfWarp{});
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_fence_operand(acc_o.x[0]);
       release(v);
       v.advance();
+    } else if (share.by_turns) {
+      give_turn();  // no rows, so no blocks
     } else {
       skip(item.end - item.begin);
     }
     store(item, softmax, acc_o);
   }
 
-  // Releases blocks that only the other warpgroup needs.
+  // Blocks of the other warpgroup's turn, which it alone waits for and releases.
+  FA_DEVICE void pass_over(int num_blocks) {
+    k.advance_by(num_blocks);
+    v.advance_by(num_blocks);
+  }
+  // A wait for a buffer means something once its fill before is complete: until the other
+  // warpgroup has seen its last block, this one waits for no block.
+  FA_DEVICE void take_turn() {
+    ptx::mbarrier_wait(Layout::turn_barrier(smem, share.warpgroup), turn_parity);
+    turn_parity ^= 1;
+  }
+  FA_DEVICE void give_turn() const {
+    __syncwarp();  // all lanes have seen the last block
+    if (lane == 0) ptx::mbarrier_arrive(Layout::turn_barrier(smem, 1 - share.warpgroup));
+  }
+
+  // Blocks of a tile of which this warpgroup has no row.
   FA_DEVICE void skip(int num_blocks) {
 #pragma unroll 1
     for (; num_blocks > 0; --num_blocks) {
@@ -307,30 +160,13 @@ struct WgmmaDecodeConsumer {
     }
   }
 
-  // This warpgroup's rows of Q, zeros where there is none.
-  FA_DEVICE void load_q(const DecodeItem& item) const {
-    constexpr int kChunks = kHeadDim / 8;
-    const auto tile = Layout::smem_q(smem, warpgroup);
-    const DecodeEntry& entry = item.entry;
-    const int first = Layout::kRows * warpgroup, rows = num_rows(item) - first;
-    sync_warpgroup();  // all warps are done with the rows before
-#pragma unroll 4
-    for (int i = threadIdx.x % kWarpgroupSize; i < Layout::kRows * kChunks; i += kWarpgroupSize) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      const auto [token, in_group] = divide(first_row(item) + first + row, launch.common.by_group);
-      const bool exists = row < rows && chunk * 8 < p.head_dim;
-      const int64_t offset =
-          element_offset(p.q_strides.batch, p.q_strides.token, p.q_strides.head, entry.batch,
-                         entry.q_seq.first_row + token,
-                         item.head_kv * launch.common.by_group.divisor() + in_group) +
-          chunk * 8;
-      ptx::cp_async_cg_16(tile.chunk_address(row, chunk),
-                          static_cast<const T*>(p.q) + (exists ? offset : 0), exists ? 16 : 0);
-    }
-    ptx::cp_async_commit_group();
-    ptx::cp_async_wait_group<0>();
-    ptx::fence_proxy_async();  // before wgmma reads them
-    sync_warpgroup();          // all rows are there
+  // The products with K of a block are done, and with the last one those with Q.
+  FA_DEVICE void release_k(const DecodeItem& item, int block) {
+    release(k);
+    k.advance();
+    if (block != item.begin) return;
+    release(q);
+    q.advance();
   }
 
   // S = Q K^T of the first block, and its weights. No product is under way behind it.
@@ -340,8 +176,7 @@ struct WgmmaDecodeConsumer {
     issue_qk(acc_s);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(acc_s.x[0]);
-    release(k);
-    k.advance();
+    release_k(item, block);
     mask(acc_s, item, block);
     softmax.start(acc_s, scale_log2(), launch.threshold);
     softmax.weigh_far(acc_s, scale_log2());
@@ -359,8 +194,7 @@ struct WgmmaDecodeConsumer {
     issue_pv(acc_o, weights);
     ptx::wgmma_wait_group<1>();  // S is complete, K read
     ptx::wgmma_fence_operand(acc_s.x[0]);
-    release(k);
-    k.advance();
+    release_k(item, block);
     mask(acc_s, item, block);
     float factor[Softmax::kRows];
     const bool moved = softmax.follow(acc_s, scale_log2(), launch.threshold, factor);
@@ -376,7 +210,8 @@ struct WgmmaDecodeConsumer {
   FA_DEVICE void issue_qk(Scores& acc_s) const {
     ptx::wgmma_fence_operand(acc_s.x[0]);
     ptx::wgmma_fence();
-    warpgroup_gemm_abt<T>(acc_s, Layout::smem_q(smem, warpgroup), Layout::smem_k(smem, k.stage));
+    warpgroup_gemm_abt<T>(acc_s, Layout::smem_q(smem, share.warpgroup),
+                          Layout::smem_k(smem, k.stage));
     ptx::wgmma_commit_group();
   }
   FA_DEVICE void issue_pv(Output& acc_o, const Weights& weights) const {
@@ -391,7 +226,7 @@ struct WgmmaDecodeConsumer {
     if (lane == 0) pipeline.release();
   }
   FA_DEVICE void sync_warpgroup() const {
-    ptx::bar_sync(kFirstOwnBarrier + warpgroup, kWarpgroupSize);
+    ptx::bar_sync(kFirstOwnBarrier + share.warpgroup, kWarpgroupSize);
   }
 
   FA_DEVICE void mask(Scores& acc_s, const DecodeItem& item, int block) const {
@@ -425,7 +260,9 @@ struct WgmmaDecodeConsumer {
     const Results results{p, launch.common};
     const int rows = results.stored_rows(item);
     if (item.entry.batch >= p.batch_size) {  // rows of no sequence
-      for (int i = threadIdx.x - kWarpgroupSize; i < rows * Results::kColumnGroups; i += kThreads)
+      const int threads = share.by_turns ? kWarpgroupSize : kThreads;
+      for (int i = (threadIdx.x - kWarpgroupSize) % threads; i < rows * Results::kColumnGroups;
+           i += threads)
         results.store_row(item, i / Results::kColumnGroups, i % Results::kColumnGroups * 4, {});
       return;
     }
@@ -444,7 +281,7 @@ struct WgmmaDecodeConsumer {
         *reinterpret_cast<float4*>(to + kHeadDim + lane % 4 * 4) = {
             softmax.row_max[r] * scale_log2(), softmax.row_sum[r], 0.f, 0.f};
     }
-    if (warp == 0) CutTiles<kHeadDim>(p).put(item, lane);
+    if (warp == 0 && share.first_row == 0) CutTiles<kHeadDim>(p).put(item, lane);
   }
 
   FA_DEVICE void store_whole(const Results& results, const DecodeItem& item, int rows,
@@ -471,56 +308,24 @@ __global__ void __launch_bounds__(WgmmaDecodeLayout<kHeadDim, kTiles>::kThreads,
   if (threadIdx.x == 0) {
     ptx::prefetch_tensormap(&launch.k);
     ptx::prefetch_tensormap(&launch.v);
-    Layout::init_barriers(smem_base);
+    Layout::init_barriers(smem_base, launch.by_turns);
     CutTiles<kHeadDim>(p).clear();
   }
   ptx::griddepcontrol_launch_dependents();
-  if (!find_share<typename Layout::Shape>(p, launch.common, shared)) return;  // meets all threads
+  const bool has_share = find_share<typename Layout::Shape>(p, launch.common, shared);
+  ptx::griddepcontrol_wait();  // q and new keys are there
+  if (!has_share) return;      // all threads
   const int warpgroup = ptx::warpgroup_index();
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Layout::kRegisters.producer>();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
     if (warp == 0) WgmmaDecodeLoader<Layout>(p, launch, smem_base).run(shared);
     if (threadIdx.x == kWarpSize) find_decode_items<Layout>(p, launch.common, shared, smem_base);
+    if (warp >= 2) WgmmaDecodeQLoader<T, Layout>(p, launch, smem_base, warp - 2).run(shared);
   } else {
     ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
     WgmmaDecodeConsumer<T, kHeadDim, kTiles>(p, launch, shared, smem_base, warpgroup - 1).run();
   }
-}
-
-constexpr int kMergeThreads = 256;
-template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kMergeThreads)
-    merge_decode_kernel(const __grid_constant__ DecodeLaunch launch,
-                        const __grid_constant__ DecodeParams p) {
-  constexpr int kWarps = kMergeThreads / kWarpSize;
-  const DecodeOutput<T, kHeadDim, kDecodeWgmmaRows, kWarps> output{p, launch};
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  ptx::griddepcontrol_wait();
-  const CutTiles<kHeadDim> cut(p);
-  const bool first_is_cut = cut.item(0).first_cta >= 0, second_is_cut = cut.item(1).first_cta >= 0;
-#pragma unroll 1
-  for (int which = 0; which < 2; ++which) {
-    if (!(which == 0 ? first_is_cut : second_is_cut)) continue;
-    const DecodeItem& item = cut.item(which);
-    const Range rows{0, output.stored_rows(item)};
-    const int num_parts = item.last_cta - item.first_cta + 1;
-    output.merge_parts(item, split_range(rows, blockIdx.x - item.first_cta, num_parts), warp, lane);
-  }
-}
-
-template <class T, int kHeadDim>
-cudaError_t launch_merge(const DecodeParams& p, const DecodeLaunch& launch, cudaStream_t stream) {
-  cudaLaunchAttribute overlaps{};
-  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlaps.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(p.num_ctas);
-  config.blockDim = dim3(kMergeThreads);
-  config.stream = stream;
-  config.attrs = &overlaps;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, merge_decode_kernel<T, kHeadDim>, launch, p);
 }
 
 template <class T, int kHeadDim, DecodeTiles kTiles>
@@ -533,6 +338,7 @@ int launch_wgmma_decode_kernel(const DecodeParams& p, cudaStream_t stream) {
   launch.threshold = kMaxWeightLog2<T> / launch.common.scale;
   const bool reads_once = launch.common.by_m_blocks.divisor() == 1;  // one tile to a KV head
   launch.l2_policy = reads_once ? ptx::kL2EvictFirst : ptx::kL2EvictLast;
+  launch.by_turns = p.seqlens_q.max_seqlen * launch.common.by_group.divisor() <= Layout::kRows;
   launch.box_rows = p.page_table == nullptr ? kTileN : min(p.page_size, kTileN);
   const int rows = p.page_table == nullptr ? p.seqlens_k.max_seqlen : p.page_size;
   const auto address = [&](const void* cache) {
@@ -547,8 +353,9 @@ int launch_wgmma_decode_kernel(const DecodeParams& p, cudaStream_t stream) {
     error = encode_tensor_map(launch.v, p.dtype, v, launch.box_rows, kPromotion);
   if (error == cudaSuccess) error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
   if (error != cudaSuccess) return error;
-  kKernel<<<p.num_ctas, Layout::kThreads, Layout::kSmemBytes, stream>>>(launch, p);
-  error = cudaGetLastError();
+  LaunchConfig config(p.num_ctas, Layout::kThreads, Layout::kSmemBytes, stream);
+  if (p.overlaps) config.overlap();
+  error = cudaLaunchKernelEx(config.get(), kKernel, launch, p);
   return error != cudaSuccess ? error : launch_merge<T, kHeadDim>(p, launch.common, stream);
 }
 
