@@ -51,9 +51,4 @@ FA_DEVICE void st_global_v2(void* ptr, uint2 v) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(ptr), "r"(v.x), "r"(v.y) : "memory");
 }
 
-// Starts to fetch the line of 128 bytes at ptr into L2.
-FA_DEVICE void prefetch_l2(const void* ptr) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(ptr));
-}
-
 }  // namespace fa::ptx

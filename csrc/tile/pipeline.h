@@ -51,11 +51,6 @@ struct Pipeline {
       parity ^= 1;
     }
   }
-  FA_DEVICE void advance_by(int num_buffers) {
-    const uint32_t turn = stage + num_buffers;
-    stage = turn % kStages;
-    parity ^= turn / kStages % 2;
-  }
 };
 
 }  // namespace fa

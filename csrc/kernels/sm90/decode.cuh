@@ -7,8 +7,6 @@
 // forward does (fwd.cuh):
 //   for n_block of the item:  S = Q K^T;  meanwhile O += P V of the block before;
 //                                    mask(S);  P = softmax weights of S
-// Where no tile has more than 64 rows, the warpgroups take the tiles by turns: one stores its
-// results while the other has begun the next tile.
 // Memory: per consumer warpgroup smem_q [64, head_dim], then num_stages of smem_k and of smem_v
 // [tile_n, head_dim], in slabs of 64 columns with 128-byte swizzle, then barriers and DecodeShared.
 // A tile that is cut leaves its results in global memory, for a second launch (decode_merge.h).
@@ -26,8 +24,11 @@
 #include "kernels/sm90/decode_load.h"
 #include "kernels/sm90/decode_merge.h"
 #include "kernels/tensor_map.h"
+#include "kernels/tile_counter.h"
 #include "ptx/barrier.h"
+#include "ptx/cp_async.h"
 #include "ptx/grid_dependency.h"
+#include "ptx/reduction.h"
 #include "ptx/shared_memory.h"
 #include "ptx/tma.h"
 #include "ptx/warpgroup.h"
@@ -35,6 +36,11 @@
 #include "tile/store_sm90.h"
 
 namespace fa {
+
+// Of CTA i, at 2 i + warpgroup: whether one of the two parts of a tile that meet there has come.
+// Zero before and after every launch. A row for each launch that may run at the same time.
+constexpr int kNumDecodeMeetings = 1 << 11;
+static __device__ int decode_meetings[kNumDecodeMeetings][kDecodeMaxCtas];
 
 // A warpgroup's computation.
 template <class T, int kHeadDim, DecodeTiles kTiles>
@@ -55,11 +61,8 @@ struct WgmmaDecodeConsumer {
   const WgmmaDecodeLaunch& launch;
   typename Layout::Shared& shared;
   uint32_t smem;
-  WarpgroupShare share;
-  int warp, lane;  // of the warpgroup, of the warp
+  int warpgroup, warp, lane;  // among the consumers
   typename Layout::KvPipeline k, v;
-  typename Layout::QPipeline q;
-  uint32_t turn_parity;  // of the phase of its turn barrier that lets it begin
 
   FA_DEVICE WgmmaDecodeConsumer(const DecodeParams& params, const WgmmaDecodeLaunch& decode_launch,
                                 typename Layout::Shared& decode_shared, uint32_t smem_base,
@@ -68,34 +71,30 @@ struct WgmmaDecodeConsumer {
         launch(decode_launch),
         shared(decode_shared),
         smem(smem_base),
-        share(decode_launch, consumer, Layout::kRows),
-        warp(threadIdx.x / kWarpSize % 4),
+        warpgroup(consumer),
+        warp(consumer * 4 + threadIdx.x / kWarpSize % 4),
         lane(threadIdx.x % kWarpSize),
         k(Layout::KvPipeline::consumer(smem_base + Layout::kKBarriers)),
-        v(Layout::KvPipeline::consumer(smem_base + Layout::kVBarriers)),
-        q(Layout::QPipeline::consumer(Layout::q_barriers(smem_base, consumer))),
-        turn_parity(consumer == 0 ? 1 : 0) {}  // the first turn is warpgroup 0's
+        v(Layout::KvPipeline::consumer(smem_base + Layout::kVBarriers)) {}
 
   FA_DEVICE float scale_log2() const { return launch.common.scale; }
   FA_DEVICE int first_row(const DecodeItem& item) const { return item.entry.m_block * kTileM; }
+  // Rows of the tile that attend.
   FA_DEVICE int num_rows(const DecodeItem& item) const {
-    return num_tile_rows<Layout>(launch.common, item);
+    return min(kTileM,
+               item.entry.q_seq.seqlen * launch.common.by_group.divisor() - first_row(item));
   }
   // Row r of this lane in the tile.
-  FA_DEVICE int tile_row(int r) const { return share.first_row + 16 * warp + 8 * r + lane / 4; }
+  FA_DEVICE int tile_row(int r) const { return 16 * warp + 8 * r + lane / 4; }
 
   FA_DEVICE void run() {
     auto slot = Layout::ItemPipeline::consumer(smem + Layout::kItemBarriers);
 #pragma unroll 1
-    for (int turn = 0;; ++turn) {
+    while (true) {
       slot.wait_full();
       const DecodeItem& item = shared.items[slot.stage];
       if (item.end < 0) return;
-      if (share.has(turn)) {
-        compute(item);
-      } else {
-        pass_over(max(0, item.end - item.begin));
-      }
+      compute(item);
       release(slot);
       slot.advance();
     }
@@ -106,45 +105,24 @@ struct WgmmaDecodeConsumer {
     Output acc_o;
     acc_o.clear();
     Softmax softmax;
-    const bool has_rows = item.begin < item.end && share.first_row < num_rows(item);
-    if (has_rows) q.wait_full();
-    if (share.by_turns) take_turn();
-    if (has_rows) {
+    if (item.begin < item.end && Layout::kRows * warpgroup < num_rows(item)) {
+      load_q(item);
       Weights weights;
       int block = item.end - 1;
       first_step(weights, softmax, item, block);
 #pragma unroll 1
       while (block != item.begin) step(weights, acc_o, softmax, item, --block);
       v.wait_full();
-      if (share.by_turns) give_turn();
       issue_pv(acc_o, weights);
       softmax.finish(RowsOfWarp{});
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_fence_operand(acc_o.x[0]);
       release(v);
       v.advance();
-    } else if (share.by_turns) {
-      give_turn();  // no rows, so no blocks
     } else {
       skip(item.end - item.begin);
     }
     store(item, softmax, acc_o);
-  }
-
-  // Blocks of the other warpgroup's turn, which it alone waits for and releases.
-  FA_DEVICE void pass_over(int num_blocks) {
-    k.advance_by(num_blocks);
-    v.advance_by(num_blocks);
-  }
-  // A wait for a buffer means something once its fill before is complete: until the other
-  // warpgroup has seen its last block, this one waits for no block.
-  FA_DEVICE void take_turn() {
-    ptx::mbarrier_wait(Layout::turn_barrier(smem, share.warpgroup), turn_parity);
-    turn_parity ^= 1;
-  }
-  FA_DEVICE void give_turn() const {
-    __syncwarp();  // all lanes have seen the last block
-    if (lane == 0) ptx::mbarrier_arrive(Layout::turn_barrier(smem, 1 - share.warpgroup));
   }
 
   // Blocks of a tile of which this warpgroup has no row.
@@ -160,13 +138,30 @@ struct WgmmaDecodeConsumer {
     }
   }
 
-  // The products with K of a block are done, and with the last one those with Q.
-  FA_DEVICE void release_k(const DecodeItem& item, int block) {
-    release(k);
-    k.advance();
-    if (block != item.begin) return;
-    release(q);
-    q.advance();
+  // This warpgroup's rows of Q, zeros where there is none.
+  FA_DEVICE void load_q(const DecodeItem& item) const {
+    constexpr int kChunks = kHeadDim / 8;
+    const auto tile = Layout::smem_q(smem, warpgroup);
+    const DecodeEntry& entry = item.entry;
+    const int first = Layout::kRows * warpgroup, rows = num_rows(item) - first;
+    sync_warpgroup();  // all warps are done with the rows before
+#pragma unroll 4
+    for (int i = threadIdx.x % kWarpgroupSize; i < Layout::kRows * kChunks; i += kWarpgroupSize) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      const auto [token, in_group] = divide(first_row(item) + first + row, launch.common.by_group);
+      const bool exists = row < rows && chunk * 8 < p.head_dim;
+      const int64_t offset =
+          element_offset(p.q_strides.batch, p.q_strides.token, p.q_strides.head, entry.batch,
+                         entry.q_seq.first_row + token,
+                         item.head_kv * launch.common.by_group.divisor() + in_group) +
+          chunk * 8;
+      ptx::cp_async_cg_16(tile.chunk_address(row, chunk),
+                          static_cast<const T*>(p.q) + (exists ? offset : 0), exists ? 16 : 0);
+    }
+    ptx::cp_async_commit_group();
+    ptx::cp_async_wait_group<0>();
+    ptx::fence_proxy_async();  // before wgmma reads them
+    sync_warpgroup();          // all rows are there
   }
 
   // S = Q K^T of the first block, and its weights. No product is under way behind it.
@@ -176,7 +171,8 @@ struct WgmmaDecodeConsumer {
     issue_qk(acc_s);
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_fence_operand(acc_s.x[0]);
-    release_k(item, block);
+    release(k);
+    k.advance();
     mask(acc_s, item, block);
     softmax.start(acc_s, scale_log2(), launch.threshold);
     softmax.weigh_far(acc_s, scale_log2());
@@ -194,7 +190,8 @@ struct WgmmaDecodeConsumer {
     issue_pv(acc_o, weights);
     ptx::wgmma_wait_group<1>();  // S is complete, K read
     ptx::wgmma_fence_operand(acc_s.x[0]);
-    release_k(item, block);
+    release(k);
+    k.advance();
     mask(acc_s, item, block);
     float factor[Softmax::kRows];
     const bool moved = softmax.follow(acc_s, scale_log2(), launch.threshold, factor);
@@ -210,8 +207,7 @@ struct WgmmaDecodeConsumer {
   FA_DEVICE void issue_qk(Scores& acc_s) const {
     ptx::wgmma_fence_operand(acc_s.x[0]);
     ptx::wgmma_fence();
-    warpgroup_gemm_abt<T>(acc_s, Layout::smem_q(smem, share.warpgroup),
-                          Layout::smem_k(smem, k.stage));
+    warpgroup_gemm_abt<T>(acc_s, Layout::smem_q(smem, warpgroup), Layout::smem_k(smem, k.stage));
     ptx::wgmma_commit_group();
   }
   FA_DEVICE void issue_pv(Output& acc_o, const Weights& weights) const {
@@ -226,7 +222,12 @@ struct WgmmaDecodeConsumer {
     if (lane == 0) pipeline.release();
   }
   FA_DEVICE void sync_warpgroup() const {
-    ptx::bar_sync(kFirstOwnBarrier + share.warpgroup, kWarpgroupSize);
+    ptx::bar_sync(kFirstOwnBarrier + warpgroup, kWarpgroupSize);
+  }
+  // Whether any thread of the warpgroup says so; the vote tells the compiler that warps agree.
+  FA_DEVICE bool any(bool predicate) const {
+    return __any_sync(0xffffffffu,
+                      ptx::bar_red_or(kFirstOwnBarrier + warpgroup, kWarpgroupSize, predicate));
   }
 
   FA_DEVICE void mask(Scores& acc_s, const DecodeItem& item, int block) const {
@@ -256,21 +257,27 @@ struct WgmmaDecodeConsumer {
   }
 
   // A result of all keys goes to out, another one waits for those of the other CTAs.
-  FA_DEVICE void store(const DecodeItem& item, const Softmax& softmax, const Output& acc_o) {
+  FA_DEVICE void store(const DecodeItem& item, Softmax& softmax, Output& acc_o) const {
     const Results results{p, launch.common};
     const int rows = results.stored_rows(item);
     if (item.entry.batch >= p.batch_size) {  // rows of no sequence
-      const int threads = share.by_turns ? kWarpgroupSize : kThreads;
-      for (int i = (threadIdx.x - kWarpgroupSize) % threads; i < rows * Results::kColumnGroups;
-           i += threads)
+      for (int i = threadIdx.x - kWarpgroupSize; i < rows * Results::kColumnGroups; i += kThreads)
         results.store_row(item, i / Results::kColumnGroups, i % Results::kColumnGroups * 4, {});
       return;
     }
     if (item.is_whole) return store_whole(results, item, rows, softmax, acc_o);
+    if (launch.merges) return meet(results, item, rows, softmax, acc_o);
+    write_part(results.own_partial(item), rows, softmax, acc_o, scale_log2());
+    if (warp == 0) CutTiles<kHeadDim>(p).put(item, lane);
+  }
+
+  // max_scale: of the maxima that are written.
+  FA_DEVICE void write_part(float* part, int rows, const Softmax& softmax, const Output& acc_o,
+                            float max_scale) const {
     FA_UNROLL
     for (int r = 0; r < 2; ++r) {
       if (tile_row(r) >= rows) continue;
-      float* to = results.own_partial(item) + tile_row(r) * Results::kResultWords;
+      float* to = part + tile_row(r) * Results::kResultWords;
       FA_UNROLL
       for (int d = 0; d < kD; ++d) {
         *reinterpret_cast<float2*>(to + 8 * d + lane % 4 * 2) = {acc_o.x[0][d][2 * r],
@@ -278,10 +285,61 @@ struct WgmmaDecodeConsumer {
       }
       // A whole sector of 32 bytes, of which L2 would read the rest from memory.
       if (lane % 4 < 2)
-        *reinterpret_cast<float4*>(to + kHeadDim + lane % 4 * 4) = {
-            softmax.row_max[r] * scale_log2(), softmax.row_sum[r], 0.f, 0.f};
+        *reinterpret_cast<float4*>(to + kHeadDim + lane % 4 * 4) = {softmax.row_max[r] * max_scale,
+                                                                    softmax.row_sum[r], 0.f, 0.f};
     }
-    if (warp == 0 && share.first_row == 0) CutTiles<kHeadDim>(p).put(item, lane);
+  }
+
+  // Parts of a tile meet in pairs (MergeNode): the first to come of two leaves its results, the
+  // other adds them to its own and goes on for both. The one that is left stores the tile.
+  FA_DEVICE void meet(const Results& results, const DecodeItem& item, int rows, Softmax& softmax,
+                      Output& acc_o) const {
+    const auto result = [&](int part) { return results.partial(item.first_cta + part, part == 0); };
+    MergeNode node{static_cast<int>(blockIdx.x) - item.first_cta,
+                   item.last_cta - item.first_cta + 1, 1};
+#pragma unroll 1
+    for (; !node.is_root(); node = node.parent()) {
+      if (!node.has_sibling()) continue;
+      int* counter = decode_meetings[launch.common.counter_row] +
+                     2 * (item.first_cta + node.part_to_meet_at()) + warpgroup;
+      const bool leads = threadIdx.x % kWarpgroupSize == 0;
+      if (!any(leads && ptx::ld_acquire_gpu_s32(counter) == 1)) {
+        write_part(result(node.first_part()), rows, softmax, acc_o, 1.f);
+        sync_warpgroup();  // all of it is written
+        if (!any(leads && ptx::atom_add_acq_rel_gpu_s32(counter, 1) == 1)) return;
+      }
+      if (leads) *counter = 0;
+      add_part(result(node.first_part_of_sibling()), rows, softmax, acc_o);
+    }
+    store_whole(results, item, rows, softmax, acc_o);
+  }
+
+  // Rounds the same whichever of the two is the other.
+  FA_DEVICE void add_part(const float* part, int rows, Softmax& softmax, Output& acc_o) const {
+    FA_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      if (tile_row(r) >= rows) continue;
+      const float* from = part + tile_row(r) * Results::kResultWords;
+      const auto theirs = __ldcg(reinterpret_cast<const float2*>(from + kHeadDim));
+      float2 x[kD];
+      FA_UNROLL
+      for (int d = 0; d < kD; ++d)
+        x[d] = __ldcg(reinterpret_cast<const float2*>(from + 8 * d + lane % 4 * 2));
+      const float high = fmaxf(softmax.row_max[r], theirs.x), reference = finite_max(high);
+      const float factor = ptx::ex2_approx_ftz((softmax.row_max[r] - reference) * scale_log2());
+      const float their_factor = ptx::ex2_approx_ftz((theirs.x - reference) * scale_log2());
+      const auto sum = [&](float mine, float other) {
+        return __fadd_rn(__fmul_rn(mine, factor), __fmul_rn(other, their_factor));
+      };
+      softmax.row_max[r] = high;
+      softmax.row_sum[r] = sum(softmax.row_sum[r], theirs.y);
+      FA_UNROLL
+      for (int d = 0; d < kD; ++d) {
+        acc_o.x[0][d][2 * r] = sum(acc_o.x[0][d][2 * r], x[d].x);
+        acc_o.x[0][d][2 * r + 1] = sum(acc_o.x[0][d][2 * r + 1], x[d].y);
+      }
+    }
+    __syncwarp();  // all lanes have read what this warp may overwrite
   }
 
   FA_DEVICE void store_whole(const Results& results, const DecodeItem& item, int rows,
@@ -308,8 +366,8 @@ __global__ void __launch_bounds__(WgmmaDecodeLayout<kHeadDim, kTiles>::kThreads,
   if (threadIdx.x == 0) {
     ptx::prefetch_tensormap(&launch.k);
     ptx::prefetch_tensormap(&launch.v);
-    Layout::init_barriers(smem_base, launch.by_turns);
-    CutTiles<kHeadDim>(p).clear();
+    Layout::init_barriers(smem_base);
+    if (!launch.merges) CutTiles<kHeadDim>(p).clear();
   }
   ptx::griddepcontrol_launch_dependents();
   const bool has_share = find_share<typename Layout::Shape>(p, launch.common, shared);
@@ -320,12 +378,24 @@ __global__ void __launch_bounds__(WgmmaDecodeLayout<kHeadDim, kTiles>::kThreads,
     ptx::setmaxnreg_dec<Layout::kRegisters.producer>();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
     if (warp == 0) WgmmaDecodeLoader<Layout>(p, launch, smem_base).run(shared);
-    if (threadIdx.x == kWarpSize) find_decode_items<Layout>(p, launch.common, shared, smem_base);
-    if (warp >= 2) WgmmaDecodeQLoader<T, Layout>(p, launch, smem_base, warp - 2).run(shared);
+    if (threadIdx.x == kWarpSize) DecodeItemFinder<Layout>(p, launch.common, shared).run(smem_base);
   } else {
     ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
     WgmmaDecodeConsumer<T, kHeadDim, kTiles>(p, launch, shared, smem_base, warpgroup - 1).run();
   }
+}
+
+// Whether parts of a tile meet in the launch itself: where tiles are so many that each has a few.
+inline cudaError_t plan_meetings(WgmmaDecodeLaunch& launch, const DecodeParams& p,
+                                 cudaStream_t stream) {
+  const int64_t tiles =
+      int64_t{p.batch_size} * launch.common.by_m_blocks.divisor() * p.num_heads_kv;
+  launch.merges = 3 * tiles >= p.num_ctas && 2 * p.num_ctas <= kDecodeMaxCtas;
+  if (!launch.merges) return cudaSuccess;
+  const cudaError_t error = tile_counter(stream, launch.common.counter_row);
+  launch.merges =
+      launch.common.counter_row != kNoTileCounter && launch.common.counter_row < kNumDecodeMeetings;
+  return error;
 }
 
 template <class T, int kHeadDim, DecodeTiles kTiles>
@@ -338,7 +408,6 @@ int launch_wgmma_decode_kernel(const DecodeParams& p, cudaStream_t stream) {
   launch.threshold = kMaxWeightLog2<T> / launch.common.scale;
   const bool reads_once = launch.common.by_m_blocks.divisor() == 1;  // one tile to a KV head
   launch.l2_policy = reads_once ? ptx::kL2EvictFirst : ptx::kL2EvictLast;
-  launch.by_turns = p.seqlens_q.max_seqlen * launch.common.by_group.divisor() <= Layout::kRows;
   launch.box_rows = p.page_table == nullptr ? kTileN : min(p.page_size, kTileN);
   const int rows = p.page_table == nullptr ? p.seqlens_k.max_seqlen : p.page_size;
   const auto address = [&](const void* cache) {
@@ -352,11 +421,13 @@ int launch_wgmma_decode_kernel(const DecodeParams& p, cudaStream_t stream) {
   if (error == cudaSuccess)
     error = encode_tensor_map(launch.v, p.dtype, v, launch.box_rows, kPromotion);
   if (error == cudaSuccess) error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
+  if (error == cudaSuccess) error = plan_meetings(launch, p, stream);
   if (error != cudaSuccess) return error;
   LaunchConfig config(p.num_ctas, Layout::kThreads, Layout::kSmemBytes, stream);
   if (p.overlaps) config.overlap();
   error = cudaLaunchKernelEx(config.get(), kKernel, launch, p);
-  return error != cudaSuccess ? error : launch_merge<T, kHeadDim>(p, launch.common, stream);
+  if (error != cudaSuccess || launch.merges) return error;
+  return launch_merge<T, kHeadDim>(p, launch.common, stream);
 }
 
 template <class T, int kHeadDim>

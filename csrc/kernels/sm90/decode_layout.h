@@ -1,5 +1,5 @@
 // What the warps of Hopper's decode kernel (decode.cuh) agree on: parameters of the launch, shared
-// memory, barriers, and which rows and tiles are whose.
+// memory and its barriers.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -19,7 +19,7 @@ struct WgmmaDecodeLaunch {
   float threshold;     // kMaxWeightLog2 / common.scale
   int box_rows;        // keys that one copy brings: a block, or a page's part of it
   uint64_t l2_policy;  // of K and V
-  bool by_turns;       // a tile has one warpgroup's rows, and they take the tiles by turns
+  bool merges;         // the launch itself merges results, with counters
 };
 
 template <int kHeadDim, DecodeTiles kTiles>
@@ -38,16 +38,13 @@ struct WgmmaDecodeLayout {
   using TileKV = SwizzledTile<kTile.tile_n, kHeadDim>;
   using KvPipeline = Pipeline<kTile.num_stages>;
   using ItemPipeline = Pipeline<3>;  // of DecodeShared::items
-  using QPipeline = Pipeline<1>;     // one for each consumer warpgroup
 
   static constexpr int kK = kConsumers * TileQ::kBytes;
   static constexpr int kV = kK + kTile.num_stages * TileKV::kBytes;
   static constexpr int kKBarriers = kV + kTile.num_stages * TileKV::kBytes;
   static constexpr int kVBarriers = kKBarriers + KvPipeline::kBarrierBytes;
   static constexpr int kItemBarriers = kVBarriers + KvPipeline::kBarrierBytes;
-  static constexpr int kQBarriers = kItemBarriers + ItemPipeline::kBarrierBytes;
-  static constexpr int kTurnBarriers = kQBarriers + kConsumers * QPipeline::kBarrierBytes;
-  static constexpr int kShared = kTurnBarriers + kConsumers * 8;
+  static constexpr int kShared = kItemBarriers + ItemPipeline::kBarrierBytes;
   static constexpr int kSmemBytes = sm90_decode_smem_bytes(kHeadDim, kTiles);
   static_assert(kShared + static_cast<int>(sizeof(Shared)) <= kSmemBytes);
 
@@ -60,48 +57,12 @@ struct WgmmaDecodeLayout {
   static FA_DEVICE TileKV smem_v(uint32_t smem, int stage) {
     return {smem + kV + stage * TileKV::kBytes};
   }
-  // The barriers of a warpgroup.
-  static FA_DEVICE uint32_t q_barriers(uint32_t smem, int warpgroup) {
-    return smem + kQBarriers + warpgroup * QPipeline::kBarrierBytes;
-  }
-  // Complete when warpgroup `warpgroup` may begin its next tile, where they take turns.
-  static FA_DEVICE uint32_t turn_barrier(uint32_t smem, int warpgroup) {
-    return smem + kTurnBarriers + warpgroup * 8;
-  }
-  static FA_DEVICE void init_barriers(uint32_t smem, bool by_turns) {
-    constexpr int kWarps = kTile.num_warps / kConsumers;  // of a warpgroup
-    const int num_releases = by_turns ? kWarps : kTile.num_warps;
-    KvPipeline::init(smem + kKBarriers, num_releases);
-    KvPipeline::init(smem + kVBarriers, num_releases);
-    ItemPipeline::init(smem + kItemBarriers, kTile.num_warps + 1 + kConsumers);  // and the loaders
-    FA_UNROLL
-    for (int i = 0; i < kConsumers; ++i) {
-      QPipeline::init(q_barriers(smem, i), kWarps);
-      ptx::mbarrier_init(turn_barrier(smem, i), kWarps);
-    }
+  static FA_DEVICE void init_barriers(uint32_t smem) {
+    KvPipeline::init(smem + kKBarriers, kTile.num_warps);
+    KvPipeline::init(smem + kVBarriers, kTile.num_warps);
+    ItemPipeline::init(smem + kItemBarriers, kTile.num_warps + 1);  // and the loader
     ptx::fence_mbarrier_init();
   }
 };
-
-// What a consumer warpgroup has of the items of its CTA: rows from first_row on of all of them, or
-// every other one.
-struct WarpgroupShare {
-  int warpgroup, first_row;
-  bool by_turns;
-
-  FA_DEVICE WarpgroupShare(const WgmmaDecodeLaunch& launch, int warpgroup, int rows)
-      : warpgroup(warpgroup),
-        first_row(launch.by_turns ? 0 : warpgroup * rows),
-        by_turns(launch.by_turns) {}
-  FA_DEVICE bool has(int turn) const { return !by_turns || turn % 2 == warpgroup; }
-};
-
-// Rows of the tile that attend.
-template <class Layout>
-FA_DEVICE int num_tile_rows(const DecodeLaunch& launch, const DecodeItem& item) {
-  constexpr int kTileM = Layout::kTile.tile_m;
-  return min(kTileM,
-             item.entry.q_seq.seqlen * launch.by_group.divisor() - item.entry.m_block * kTileM);
-}
 
 }  // namespace fa

@@ -1,32 +1,69 @@
-// The producer warpgroup of Hopper's decode kernel (decode.cuh): a thread that finds the items, a
-// warp that starts the copies of K and V, and one for each consumer warpgroup that copies its Q.
+// The producer warpgroup of Hopper's decode kernel (decode.cuh): a thread that finds the items and
+// a warp that starts the copies of K and V.
 #pragma once
 #include <cuda_runtime.h>
 
 #include "kernels/sm90/decode_layout.h"
-#include "ptx/cp_async.h"
-#include "ptx/global_memory.h"
 #include "ptx/tma.h"
 
 namespace fa {
 
-// The thread that finds the items, up to three ahead. find_share() has found the first.
+// The thread that finds the items, up to three ahead: those of core/decode_schedule.h's rounds. If
+// there is none, they are those of the share of which find_share() has found the first.
 template <class Layout>
-FA_DEVICE void find_decode_items(const DecodeParams& p, const DecodeLaunch& launch,
-                                 typename Layout::Shared& shared, uint32_t smem) {
-  auto slot = Layout::ItemPipeline::producer(smem + Layout::kItemBarriers);
-#pragma unroll 1
-  for (bool is_first = true;; is_first = false) {
-    DecodeItem& item = shared.items[slot.stage];
-    slot.wait_empty();
-    if (!is_first) next_item<typename Layout::Shape>(p, launch, shared.cursor, item);
-    const bool exists = item.end >= 0;
-    if (exists) find_sharers(shared.cursor.split, item);
-    ptx::mbarrier_arrive(slot.full());
-    if (!exists) return;
-    slot.advance();
+struct DecodeItemFinder {
+  using Shape = typename Layout::Shape;
+
+  const DecodeParams& p;
+  const DecodeLaunch& launch;
+  typename Layout::Shared& shared;
+  DecodeRounds rounds;
+  int round = 0;
+
+  FA_DEVICE DecodeItemFinder(const DecodeParams& params, const DecodeLaunch& decode_launch,
+                             typename Layout::Shared& decode_shared)
+      : p(params), launch(decode_launch), shared(decode_shared) {
+    int longest = 1;  // what find_share() has found of each warp's sequences
+    FA_UNROLL
+    for (const int positions : shared.warp_longest) longest = max(longest, positions);
+    // Entries in the same order for all, each with one tile of a KV head.
+    const bool is_plain =
+        p.num_splits == 0 && p.seqlens_q.cu_seqlens == nullptr && launch.by_m_blocks.divisor() == 1;
+    rounds =
+        decode_rounds(shared.cursor.split, is_plain ? p.batch_size * p.num_heads_kv : 0, longest);
   }
-}
+
+  FA_DEVICE void run(uint32_t smem) {
+    auto slot = Layout::ItemPipeline::producer(smem + Layout::kItemBarriers);
+#pragma unroll 1
+    for (bool is_found = rounds.num_rounds == 0;; is_found = false) {
+      DecodeItem& item = shared.items[slot.stage];
+      slot.wait_empty();
+      if (!is_found) next(item);
+      const bool exists = item.end >= 0;
+      if (exists && !item.is_whole) {
+        item.first_cta = rounds.rest_cta(item.tile_begin);
+        item.last_cta = rounds.rest_cta(item.tile_end - 1);
+      }
+      ptx::mbarrier_arrive(slot.full());
+      if (!exists) return;
+      slot.advance();
+    }
+  }
+
+  FA_DEVICE void next(DecodeItem& item) {
+    DecodeCursor& cursor = shared.cursor;
+    if (rounds.num_rounds > 0 && (round == 0 || cursor.position == cursor.end)) {
+      const Range positions = rounds.share(round++, blockIdx.x);
+      const int for_entry = rounds.tile_length * p.num_heads_kv;
+      cursor.entry = positions.begin / for_entry;
+      cursor.offset = positions.begin - cursor.entry * for_entry;
+      cursor.position = positions.begin;
+      cursor.end = positions.end;
+    }
+    next_item<Shape>(p, launch, cursor, item);
+  }
+};
 
 // The warp that starts all copies of K and V. Pages: a block is copied in boxes that are part of
 // one page each. Each lane has a box of a block, the slabs of a row by turns.
@@ -104,87 +141,6 @@ struct WgmmaDecodeLoader {
                                    map, at, pipeline.full(), launch.l2_policy);
     }
     pipeline.advance();
-  }
-};
-
-// A warp that copies the rows of Q of one consumer warpgroup as soon as the products with those
-// before are done. Until then they are on their way to L2: behind all copies of K and V that are
-// under way, memory takes several microseconds to answer.
-template <class T, class Layout>
-struct WgmmaDecodeQLoader {
-  static constexpr int kRows = Layout::kRows, kHeadDim = Layout::TileQ::kCols;
-
-  const DecodeParams& p;
-  const WgmmaDecodeLaunch& launch;
-  uint32_t smem;
-  WarpgroupShare share;
-  int lane;
-
-  FA_DEVICE WgmmaDecodeQLoader(const DecodeParams& params, const WgmmaDecodeLaunch& decode_launch,
-                               uint32_t smem_base, int consumer)
-      : p(params),
-        launch(decode_launch),
-        smem(smem_base),
-        share(decode_launch, consumer, kRows),
-        lane(threadIdx.x % kWarpSize) {}
-
-  FA_DEVICE void run(typename Layout::Shared& shared) const {
-    auto slot = Layout::ItemPipeline::consumer(smem + Layout::kItemBarriers);
-    auto q = Layout::QPipeline::producer(Layout::q_barriers(smem, share.warpgroup));
-#pragma unroll 1
-    for (int turn = 0;; ++turn) {
-      slot.wait_full();
-      const DecodeItem& item = shared.items[slot.stage];
-      if (item.end < 0) return;
-      const int rows = num_tile_rows<Layout>(launch.common, item) - share.first_row;
-      if (share.has(turn) && item.begin < item.end && rows > 0) {
-        prefetch(item, rows);
-        q.wait_empty();
-        copy(item, rows);
-        if (lane == 0) ptx::mbarrier_arrive(q.full());
-        q.advance();
-      }
-      __syncwarp();  // all lanes are done with the item
-      if (lane == 0) slot.release();
-      slot.advance();
-    }
-  }
-
-  // Row of the warpgroup's rows.
-  FA_DEVICE const T* q_row(const DecodeItem& item, int row) const {
-    const DecodeEntry& entry = item.entry;
-    const int group = launch.common.by_group.divisor();
-    const auto [token, in_group] = divide(
-        entry.m_block * Layout::kTile.tile_m + share.first_row + row, launch.common.by_group);
-    return static_cast<const T*>(p.q) +
-           element_offset(p.q_strides.batch, p.q_strides.token, p.q_strides.head, entry.batch,
-                          entry.q_seq.first_row + token, item.head_kv * group + in_group);
-  }
-
-  FA_DEVICE void prefetch(const DecodeItem& item, int rows) const {
-    constexpr int kLineElements = 128 / sizeof(T);
-    for (int row = lane; row < min(rows, kRows); row += kWarpSize) {
-      const T* from = q_row(item, row);
-      for (int col = 0; col < p.head_dim; col += kLineElements) ptx::prefetch_l2(from + col);
-    }
-  }
-
-  // Zeros where there is no row.
-  FA_DEVICE void copy(const DecodeItem& item, int rows) const {
-    constexpr int kChunks = kHeadDim / 8;
-    const auto tile = Layout::smem_q(smem, share.warpgroup);
-#pragma unroll 4
-    for (int i = lane; i < kRows * kChunks; i += kWarpSize) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      const bool exists = row < rows && chunk * 8 < p.head_dim;
-      ptx::cp_async_cg_16(tile.chunk_address(row, chunk),
-                          exists ? q_row(item, row) + chunk * 8 : static_cast<const T*>(p.q),
-                          exists ? 16 : 0);
-    }
-    ptx::cp_async_commit_group();
-    ptx::cp_async_wait_group<0>();
-    ptx::fence_proxy_async();  // before wgmma reads them
-    __syncwarp();              // all rows are there
   }
 };
 
