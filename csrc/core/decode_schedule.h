@@ -74,6 +74,12 @@ FA_HD constexpr DecodeRounds decode_rounds(WorkSplit split, int num_tiles, int l
   return rounds;
 }
 
+// Whether the launch itself merges the parts of tiles, which are few for each then; else a second
+// launch does, for which the first has to end: 3 to 11 us of its own, but all CTAs merge (H200).
+FA_HD constexpr bool decode_merges(int64_t num_tiles, int num_ctas) {
+  return 3 * num_tiles >= num_ctas && 2 * num_ctas <= kDecodeMaxCtas;  // two counters for each
+}
+
 // Where results of the parts of a tile stand that are merged in pairs, then in pairs of pairs, ...
 struct MergeNode {
   int index, num_nodes;  // of this level

@@ -42,10 +42,17 @@ namespace fa {
 constexpr int kNumDecodeMeetings = 1 << 11;
 static __device__ int decode_meetings[kNumDecodeMeetings][kDecodeMaxCtas];
 
+// Tiles of the longest kind of sequences, as far as the host knows.
+inline int64_t num_decode_tiles(const DecodeParams& p) {
+  const int group = p.num_heads_q / p.num_heads_kv;
+  return int64_t{p.batch_size} * p.num_heads_kv *
+         packed_m_blocks(p.seqlens_q.max_seqlen, group, p.tile_m);
+}
+
 // A warpgroup's computation.
-template <class T, int kHeadDim, DecodeTiles kTiles>
+template <class T, int kHeadDim, DecodeTiles kTiles, bool kMerges>
 struct WgmmaDecodeConsumer {
-  using Layout = WgmmaDecodeLayout<kHeadDim, kTiles>;
+  using Layout = WgmmaDecodeLayout<kHeadDim, kTiles, kMerges>;
   using Shape = typename Layout::Shape;
   static constexpr int kTileM = Shape::kTileM, kTileN = Shape::kTileN;
   static constexpr int kN = kTileN / 8, kD = kHeadDim / 8;
@@ -266,7 +273,7 @@ struct WgmmaDecodeConsumer {
       return;
     }
     if (item.is_whole) return store_whole(results, item, rows, softmax, acc_o);
-    if (launch.merges) return meet(results, item, rows, softmax, acc_o);
+    if constexpr (kMerges) return meet(results, item, rows, softmax, acc_o);
     write_part(results.own_partial(item), rows, softmax, acc_o, scale_log2());
     if (warp == 0) CutTiles<kHeadDim>(p).put(item, lane);
   }
@@ -355,11 +362,11 @@ struct WgmmaDecodeConsumer {
   }
 };
 
-template <class T, int kHeadDim, DecodeTiles kTiles>
-__global__ void __launch_bounds__(WgmmaDecodeLayout<kHeadDim, kTiles>::kThreads, 1)
+template <class T, int kHeadDim, DecodeTiles kTiles, bool kMerges>
+__global__ void __launch_bounds__(WgmmaDecodeLayout<kHeadDim, kTiles, kMerges>::kThreads, 1)
     wgmma_decode_kernel(const __grid_constant__ WgmmaDecodeLaunch launch,
                         const __grid_constant__ DecodeParams p) {
-  using Layout = WgmmaDecodeLayout<kHeadDim, kTiles>;
+  using Layout = WgmmaDecodeLayout<kHeadDim, kTiles, kMerges>;
   extern __shared__ __align__(1024) char smem[];
   const uint32_t smem_base = ptx::cvta_to_shared(smem);
   auto& shared = *reinterpret_cast<typename Layout::Shared*>(smem + Layout::kShared);
@@ -367,7 +374,7 @@ __global__ void __launch_bounds__(WgmmaDecodeLayout<kHeadDim, kTiles>::kThreads,
     ptx::prefetch_tensormap(&launch.k);
     ptx::prefetch_tensormap(&launch.v);
     Layout::init_barriers(smem_base);
-    if (!launch.merges) CutTiles<kHeadDim>(p).clear();
+    if (!kMerges) CutTiles<kHeadDim>(p).clear();
   }
   ptx::griddepcontrol_launch_dependents();
   const bool has_share = find_share<typename Layout::Shape>(p, launch.common, shared);
@@ -381,30 +388,19 @@ __global__ void __launch_bounds__(WgmmaDecodeLayout<kHeadDim, kTiles>::kThreads,
     if (threadIdx.x == kWarpSize) DecodeItemFinder<Layout>(p, launch.common, shared).run(smem_base);
   } else {
     ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
-    WgmmaDecodeConsumer<T, kHeadDim, kTiles>(p, launch, shared, smem_base, warpgroup - 1).run();
+    WgmmaDecodeConsumer<T, kHeadDim, kTiles, kMerges>(p, launch, shared, smem_base, warpgroup - 1)
+        .run();
   }
 }
 
-// Whether parts of a tile meet in the launch itself: where tiles are so many that each has a few.
-inline cudaError_t plan_meetings(WgmmaDecodeLaunch& launch, const DecodeParams& p,
-                                 cudaStream_t stream) {
-  const int64_t tiles =
-      int64_t{p.batch_size} * launch.common.by_m_blocks.divisor() * p.num_heads_kv;
-  launch.merges = 3 * tiles >= p.num_ctas && 2 * p.num_ctas <= kDecodeMaxCtas;
-  if (!launch.merges) return cudaSuccess;
-  const cudaError_t error = tile_counter(stream, launch.common.counter_row);
-  launch.merges =
-      launch.common.counter_row != kNoTileCounter && launch.common.counter_row < kNumDecodeMeetings;
-  return error;
-}
-
-template <class T, int kHeadDim, DecodeTiles kTiles>
-int launch_wgmma_decode_kernel(const DecodeParams& p, cudaStream_t stream) {
-  using Layout = WgmmaDecodeLayout<kHeadDim, kTiles>;
-  constexpr auto kKernel = wgmma_decode_kernel<T, kHeadDim, kTiles>;
+template <class T, int kHeadDim, DecodeTiles kTiles, bool kMerges>
+int launch_wgmma_decode_kernel(const DecodeParams& p, int counter_row, cudaStream_t stream) {
+  using Layout = WgmmaDecodeLayout<kHeadDim, kTiles, kMerges>;
+  constexpr auto kKernel = wgmma_decode_kernel<T, kHeadDim, kTiles, kMerges>;
   constexpr int kTileN = Layout::kTile.tile_n;
   WgmmaDecodeLaunch launch;
   launch.common = decode_launch(p);
+  launch.common.counter_row = counter_row;
   launch.threshold = kMaxWeightLog2<T> / launch.common.scale;
   const bool reads_once = launch.common.by_m_blocks.divisor() == 1;  // one tile to a KV head
   launch.l2_policy = reads_once ? ptx::kL2EvictFirst : ptx::kL2EvictLast;
@@ -421,12 +417,11 @@ int launch_wgmma_decode_kernel(const DecodeParams& p, cudaStream_t stream) {
   if (error == cudaSuccess)
     error = encode_tensor_map(launch.v, p.dtype, v, launch.box_rows, kPromotion);
   if (error == cudaSuccess) error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
-  if (error == cudaSuccess) error = plan_meetings(launch, p, stream);
   if (error != cudaSuccess) return error;
   LaunchConfig config(p.num_ctas, Layout::kThreads, Layout::kSmemBytes, stream);
   if (p.overlaps) config.overlap();
   error = cudaLaunchKernelEx(config.get(), kKernel, launch, p);
-  if (error != cudaSuccess || launch.merges) return error;
+  if (error != cudaSuccess || kMerges) return error;
   return launch_merge<T, kHeadDim>(p, launch.common, stream);
 }
 
@@ -437,9 +432,18 @@ int launch_decode_wgmma(const DecodeParams& p, cudaStream_t stream) {
   if (p.num_ctas == 0) return cudaSuccess;
   if constexpr (!same_tile(kFew, kMany)) {
     if (p.tile_n == kFew.tile_n)
-      return launch_wgmma_decode_kernel<T, kHeadDim, DecodeTiles::kFew>(p, stream);
+      return launch_wgmma_decode_kernel<T, kHeadDim, DecodeTiles::kFew, false>(p, kNoTileCounter,
+                                                                               stream);
   }
-  return launch_wgmma_decode_kernel<T, kHeadDim, DecodeTiles::kMany>(p, stream);
+  int row = kNoTileCounter;
+  if (decode_merges(num_decode_tiles(p), p.num_ctas)) {
+    const cudaError_t error = tile_counter(stream, row);
+    if (error != cudaSuccess) return error;
+  }
+  if (0 <= row && row < kNumDecodeMeetings)
+    return launch_wgmma_decode_kernel<T, kHeadDim, DecodeTiles::kMany, true>(p, row, stream);
+  return launch_wgmma_decode_kernel<T, kHeadDim, DecodeTiles::kMany, false>(p, kNoTileCounter,
+                                                                            stream);
 }
 
 }  // namespace fa

@@ -19,11 +19,12 @@ struct WgmmaDecodeLaunch {
   float threshold;     // kMaxWeightLog2 / common.scale
   int box_rows;        // keys that one copy brings: a block, or a page's part of it
   uint64_t l2_policy;  // of K and V
-  bool merges;         // the launch itself merges results, with counters
 };
 
-template <int kHeadDim, DecodeTiles kTiles>
+// kMerges: parts of a tile are merged in the launch itself, as tiles are many.
+template <int kHeadDim, DecodeTiles kTiles, bool kMerges>
 struct WgmmaDecodeLayout {
+  static constexpr bool kHasRounds = kMerges;  // of core/decode_schedule.h
   static constexpr FwdTileConfig kTile = sm90_decode_tile_config(kHeadDim, kTiles);
   static constexpr int kConsumers = kTile.num_warps / 4;  // warpgroups
   static constexpr int kThreads = fwd_num_threads(Arch::kSm90, kTile);

@@ -23,14 +23,16 @@ struct DecodeItemFinder {
   FA_DEVICE DecodeItemFinder(const DecodeParams& params, const DecodeLaunch& decode_launch,
                              typename Layout::Shared& decode_shared)
       : p(params), launch(decode_launch), shared(decode_shared) {
+    const WorkSplit split = shared.cursor.split;
+    rounds = {0, 1, 1, split};
+    // Entries in the same order for all, each with one tile of a KV head.
+    if (!Layout::kHasRounds || p.num_splits != 0 || p.seqlens_q.cu_seqlens != nullptr ||
+        launch.by_m_blocks.divisor() > 1)
+      return;
     int longest = 1;  // what find_share() has found of each warp's sequences
     FA_UNROLL
     for (const int positions : shared.warp_longest) longest = max(longest, positions);
-    // Entries in the same order for all, each with one tile of a KV head.
-    const bool is_plain =
-        p.num_splits == 0 && p.seqlens_q.cu_seqlens == nullptr && launch.by_m_blocks.divisor() == 1;
-    rounds =
-        decode_rounds(shared.cursor.split, is_plain ? p.batch_size * p.num_heads_kv : 0, longest);
+    rounds = decode_rounds(split, p.batch_size * p.num_heads_kv, longest);
   }
 
   FA_DEVICE void run(uint32_t smem) {
@@ -53,7 +55,8 @@ struct DecodeItemFinder {
 
   FA_DEVICE void next(DecodeItem& item) {
     DecodeCursor& cursor = shared.cursor;
-    if (rounds.num_rounds > 0 && (round == 0 || cursor.position == cursor.end)) {
+    if (Layout::kHasRounds && rounds.num_rounds > 0 &&
+        (round == 0 || cursor.position == cursor.end)) {
       const Range positions = rounds.share(round++, blockIdx.x);
       const int for_entry = rounds.tile_length * p.num_heads_kv;
       cursor.entry = positions.begin / for_entry;
