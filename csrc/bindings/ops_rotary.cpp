@@ -48,9 +48,8 @@ PlannedKernel plan_rotary(const RotaryArgs& args) {
   return plan_kernel(problem, x.get_device_index());
 }
 
-// out: x itself, or a tensor of its shape. overlaps: RotaryParams.
-void launch_rotary(const PlannedKernel& kernel, const RotaryArgs& args, const Tensor& out,
-                   bool overlaps = false) {
+// out: x itself, or a tensor of its shape.
+RotaryParams rotary_params(const PlannedKernel& kernel, const RotaryArgs& args, const Tensor& out) {
   const Tensor& x = args.x;
   const bool varlen = args.cu_seqlens.has_value();
   const int64_t rank = x.dim();
@@ -70,18 +69,13 @@ void launch_rotary(const PlannedKernel& kernel, const RotaryArgs& args, const Te
   p.dtype = *dtype_of(x.scalar_type());
   p.same_position = args.same_position;
   p.vectorized = kernel.plan.vectorized;
-  p.overlaps = overlaps && kernel.backend->arch >= 90;
-  if (x.numel() == 0) return;
-  launch(*kernel.backend, kernel.backend->rotary, p, x.get_device_index());
+  return p;
 }
 
-Tensor rotated(const RotaryArgs& args, bool overlaps) {
-  const PlannedKernel kernel = plan_rotary(args);
-  if (kernel.backend == nullptr) return args.call_tiled<Tensor>("flash_attn_ext::rotary");
-  // Contiguous, whatever the strides of x: the fake implementation says the same.
-  Tensor out = new_tensor(args.x, Shape(args.x));
-  launch_rotary(kernel, args, out, overlaps);
-  return out;
+void launch_rotary(const PlannedKernel& kernel, const RotaryArgs& args, const Tensor& out) {
+  const RotaryParams p = rotary_params(kernel, args, out);
+  if (args.x.numel() == 0) return;
+  launch(*kernel.backend, kernel.backend->rotary, p, args.x.get_device_index());
 }
 
 }  // namespace
@@ -89,18 +83,26 @@ Tensor rotated(const RotaryArgs& args, bool overlaps) {
 Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
               const OptionalTensor& seqlen_offsets, const OptionalTensor& cu_seqlens,
               int64_t max_seqlen, bool interleaved, bool conjugate, bool same_position) {
-  return rotated(
-      {x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, conjugate, same_position},
-      false);
+  const RotaryArgs args{x,          cos,         sin,       seqlen_offsets, cu_seqlens,
+                        max_seqlen, interleaved, conjugate, same_position};
+  const PlannedKernel kernel = plan_rotary(args);
+  if (kernel.backend == nullptr) return args.call_tiled<Tensor>("flash_attn_ext::rotary");
+  // Contiguous, whatever the strides of x: the fake implementation says the same.
+  Tensor out = new_tensor(x, Shape(x));
+  launch_rotary(kernel, args, out);
+  return out;
 }
 
-Tensor rotary_overlapping(const Tensor& x, const Tensor& cos, const Tensor& sin,
-                          const OptionalTensor& seqlen_offsets, const OptionalTensor& cu_seqlens,
-                          int64_t max_seqlen, bool interleaved, bool conjugate,
-                          bool same_position) {
-  return rotated(
-      {x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, conjugate, same_position},
-      true);
+std::optional<PlannedRotation> plan_rotation(const Tensor& x, const Tensor& cos, const Tensor& sin,
+                                             const OptionalTensor& seqlen_offsets,
+                                             const OptionalTensor& cu_seqlens, int64_t max_seqlen,
+                                             bool interleaved, bool conjugate, bool same_position) {
+  const RotaryArgs args{x,          cos,         sin,       seqlen_offsets, cu_seqlens,
+                        max_seqlen, interleaved, conjugate, same_position};
+  const PlannedKernel kernel = plan_rotary(args);
+  if (kernel.backend == nullptr) return std::nullopt;
+  Tensor out = new_tensor(x, Shape(x));
+  return PlannedRotation{rotary_params(kernel, args, out), out};
 }
 
 namespace {

@@ -16,7 +16,7 @@ namespace fa {
 
 // Raised with every change of a struct below or of core/backend.h: a library built from other
 // sources is refused instead of being called with the wrong layout.
-constexpr uint32_t kKernelAbiVersion = 8;
+constexpr uint32_t kKernelAbiVersion = 9;
 
 // Strides of a [batch, token, head, dim] tensor, elements. Varlen ([total, head, dim]): batch == 0.
 struct Strides {
@@ -153,12 +153,11 @@ struct RotaryParams {
   int seqlen;  // tokens of each sequence; varlen: of all together
   DType dtype;
   bool same_position;  // every token of a sequence has position seqlen_offsets[batch]
-  bool overlaps;       // begins, on SM90, while the launch before it ends: that one writes nothing
-                       // that this one reads, and ends before it does
   bool vectorized;     // rows of x, out, cos, sin and both halves start at multiples of 16 bytes
 };
 
-// Writes new keys and values behind those in the cache, keys rotated if the table has a dimension.
+// Writes new keys and values behind those in the cache, keys rotated if the table has a dimension,
+// and rotates queries in the same launch.
 struct AppendKvParams {
   const void* k;  // [batch_size, seqlen_new, num_heads_kv, head_dim] or [total_new, ...]
   const void* v;  // [batch_size, seqlen_new, num_heads_kv, head_dim_v] or [total_new, ...]
@@ -185,7 +184,8 @@ struct AppendKvParams {
   int page_size;   // tokens of a page; 0: not paged
   int page_table_rows;
   DType dtype;
-  bool vectorized;  // rows of all tensors and both halves start at multiples of 16 bytes
+  bool vectorized;       // rows of all tensors and both halves start at multiples of 16 bytes
+  RotaryParams queries;  // x is nullptr: none; vectorized as the others
 };
 
 // sum = dropout(x * rowscale) + residual, out = normalise(sum) * weight + bias, in fp32.
@@ -295,8 +295,8 @@ struct DecodeParams {
   int num_ctas;    // of the launch, for which `partial` has room
   int num_splits;  // 0: keys are shared out evenly; 1: no tile is split; n: into n parts at most
   DType dtype;
-  bool overlaps;  // begins while the launch before it ends, of append_kv or of rotary with q, and
-                  // waits for that before it reads q and the caches: kDecodeWgmmaRows
+  bool overlaps;  // kDecodeWgmmaRows: begins while the launch before it ends, which writes new keys
+                  // or q and neither lengths nor tables, and waits for it
 
   // The launch itself writes new keys and values into the caches, vectorized, and reads them where
   // they are; it rotates keys and queries if the table has a dimension. append.k is nullptr: not.
