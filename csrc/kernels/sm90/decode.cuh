@@ -9,7 +9,8 @@
 //                                    mask(S);  P = softmax weights of S
 // Memory: per consumer warpgroup smem_q [64, head_dim], then num_stages of smem_k and of smem_v
 // [tile_n, head_dim], in slabs of 64 columns with 128-byte swizzle, then barriers and DecodeShared.
-// A tile that is cut leaves its results in global memory, for a second launch (decode_merge.h).
+// Parts of a tile that is cut meet in pairs, or leave their results to a second launch
+// (decode_merge.h).
 // Keys behind the end of a sequence, and pages of nobody, may hold anything, also NaN: K's are
 // masked, V's are overwritten with zeros in shared memory. Numbers: docs/performance/decode.md.
 #pragma once
@@ -425,6 +426,18 @@ int launch_wgmma_decode_kernel(const DecodeParams& p, int counter_row, cudaStrea
   return launch_merge<T, kHeadDim>(p, launch.common, stream);
 }
 
+template <class T, int kHeadDim, DecodeTiles kTiles>
+int launch_wgmma_decode(const DecodeParams& p, cudaStream_t stream) {
+  int row = kNoTileCounter;
+  if (decode_merges(num_decode_tiles(p), p.num_ctas)) {
+    const cudaError_t error = tile_counter(stream, row);
+    if (error != cudaSuccess) return error;
+  }
+  return 0 <= row && row < kNumDecodeMeetings
+             ? launch_wgmma_decode_kernel<T, kHeadDim, kTiles, true>(p, row, stream)
+             : launch_wgmma_decode_kernel<T, kHeadDim, kTiles, false>(p, kNoTileCounter, stream);
+}
+
 template <class T, int kHeadDim>
 int launch_decode_wgmma(const DecodeParams& p, cudaStream_t stream) {
   constexpr FwdTileConfig kFew = sm90_decode_tile_config(kHeadDim, DecodeTiles::kFew);
@@ -432,18 +445,9 @@ int launch_decode_wgmma(const DecodeParams& p, cudaStream_t stream) {
   if (p.num_ctas == 0) return cudaSuccess;
   if constexpr (!same_tile(kFew, kMany)) {
     if (p.tile_n == kFew.tile_n)
-      return launch_wgmma_decode_kernel<T, kHeadDim, DecodeTiles::kFew, false>(p, kNoTileCounter,
-                                                                               stream);
+      return launch_wgmma_decode<T, kHeadDim, DecodeTiles::kFew>(p, stream);
   }
-  int row = kNoTileCounter;
-  if (decode_merges(num_decode_tiles(p), p.num_ctas)) {
-    const cudaError_t error = tile_counter(stream, row);
-    if (error != cudaSuccess) return error;
-  }
-  if (0 <= row && row < kNumDecodeMeetings)
-    return launch_wgmma_decode_kernel<T, kHeadDim, DecodeTiles::kMany, true>(p, row, stream);
-  return launch_wgmma_decode_kernel<T, kHeadDim, DecodeTiles::kMany, false>(p, kNoTileCounter,
-                                                                            stream);
+  return launch_wgmma_decode<T, kHeadDim, DecodeTiles::kMany>(p, stream);
 }
 
 }  // namespace fa
