@@ -1,4 +1,4 @@
-// Tiles of Hopper's decode kernel (decode.cuh) that several CTAs share: a second launch, whose
+// Tiles of Hopper's decode kernel (decode.cuh) that many CTAs share: a second launch, whose
 // start-up overlaps the end of the first, merges their results. CTA i takes its share of the rows
 // of the tiles of which CTA i had a part. The last CTA of a tile to arrive, alone, would take
 // longer for many rows.
