@@ -112,6 +112,7 @@ struct AppendedKeys {
   AppendKvParams by_decode{};           // k is nullptr: they are in the cache already
   bool same_position = false;           // DecodeParams
   const Tensor* rotated_q = nullptr;    // in place of q
+  bool overlaps = false;                // DecodeParams
 };
 
 // Whether the launch reads a key or writes an output at all.
@@ -145,6 +146,7 @@ inline Tensor launch_decode(const DecodeKernel& kernel, const DecodeArgs& a, con
   p.seqlen_new = appended.seqlen_new;
   p.append = appended.by_decode;
   p.same_position = appended.same_position;
+  p.overlaps = appended.overlaps;
   p.cache_batch_idx = vector("cache_batch_idx", a.cache_batch_idx, batch_size);
   if (a.page_table != nullptr) {
     p.page_table = static_cast<const int*>(a.page_table->data_ptr());

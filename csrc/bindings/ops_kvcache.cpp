@@ -140,6 +140,40 @@ void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, co
   launch_append_kv(kernel, args, append_kv_params(kernel, args, sizes));
 }
 
+struct Queries {
+  const Tensor& q;
+  const OptionalTensor& cu_seqlens_q;
+  int64_t max_seqlen_q;
+  bool same_position;
+};
+
+// The steps before attention: appends, and returns rotated queries if there is a table; in one
+// launch, if the kernel can.
+std::optional<Tensor> append_and_rotate(const PlannedKernel& kernel, const AppendKvArgs& args,
+                                        const AppendKvParams& sizes, const Queries& queries) {
+  const OptionalTensor& positions =
+      args.rotary_seqlens ? args.rotary_seqlens : OptionalTensor(args.cache_seqlens);
+  if (kernel.backend != nullptr && args.k.numel() > 0) {
+    AppendKvParams p = append_kv_params(kernel, args, sizes);
+    std::optional<PlannedRotation> rotation;
+    if (args.rotary_cos)
+      rotation = plan_rotation(queries.q, *args.rotary_cos, *args.rotary_sin, positions,
+                               queries.cu_seqlens_q, queries.max_seqlen_q, args.rotary_interleaved,
+                               false, queries.same_position);
+    const bool is_one = rotation && rotation->params.vectorized == p.vectorized;
+    if (is_one) p.queries = rotation->params;
+    launch_append_kv(kernel, args, p);
+    if (is_one) return rotation->out;
+  } else {
+    append_kv(args.k_cache, args.v_cache, args.k, args.v, args.cache_seqlens, args.cache_batch_idx,
+              args.page_table, args.cu_seqlens_k_new, args.rotary_cos, args.rotary_sin,
+              args.rotary_seqlens, args.rotary_interleaved);
+  }
+  if (!args.rotary_cos) return std::nullopt;
+  return rotary(queries.q, *args.rotary_cos, *args.rotary_sin, positions, queries.cu_seqlens_q,
+                queries.max_seqlen_q, args.rotary_interleaved, false, queries.same_position);
+}
+
 using OutLse = std::tuple<Tensor, Tensor>;
 
 DecodeArgs kvcache_args(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -228,22 +262,19 @@ OutLse kvcache_append_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& 
   } else {
     appended.seqlen_new = to_int("seqlen", k.size(1));
   }
-  // The launch of decode does it all where it can copy new keys 16 bytes at a time; wgmma's cannot.
+  // The launch of decode does it all where it can copy new keys 16 bytes at a time. wgmma's does
+  // not: it begins while a launch before it appends.
   std::optional<Tensor> rotated;
   const bool is_decode = !is_prefill(args, kernel, appended);
-  const bool can_append = is_decode && kernel.planned.plan.tile_m != kDecodeWgmmaRows;
-  if (can_append && append_kernel.backend && append_kernel.plan.vectorized &&
+  const bool is_wgmma = is_decode && kernel.planned.plan.tile_m == kDecodeWgmmaRows;
+  if (is_decode && !is_wgmma && append_kernel.backend && append_kernel.plan.vectorized &&
       decode_launches(kernel) && k.numel() > 0) {
     appended.by_decode = append_kv_params(append_kernel, append, sizes);
   } else {
-    append_kv(k_cache, v_cache, k, v, *cache_seqlens, cache_batch_idx, page_table, cu_seqlens_k_new,
-              rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved);
-    if (rotary_cos) {
-      rotated =
-          rotary(q, *rotary_cos, *rotary_sin, rotary_seqlens ? rotary_seqlens : cache_seqlens,
-                 cu_seqlens_q, max_seqlen_q, rotary_interleaved, false, appended.same_position);
-      appended.rotated_q = &*rotated;
-    }
+    rotated = append_and_rotate(append_kernel, append, sizes,
+                                {q, cu_seqlens_q, max_seqlen_q, appended.same_position});
+    if (rotated) appended.rotated_q = &*rotated;
+    appended.overlaps = is_wgmma && append_kernel.backend && k.numel() > 0;
   }
   if (!is_decode) return prefill(args, appended);
   Tensor out = new_decode_out(args);

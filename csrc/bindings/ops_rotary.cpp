@@ -49,7 +49,7 @@ PlannedKernel plan_rotary(const RotaryArgs& args) {
 }
 
 // out: x itself, or a tensor of its shape.
-void launch_rotary(const PlannedKernel& kernel, const RotaryArgs& args, const Tensor& out) {
+RotaryParams rotary_params(const PlannedKernel& kernel, const RotaryArgs& args, const Tensor& out) {
   const Tensor& x = args.x;
   const bool varlen = args.cu_seqlens.has_value();
   const int64_t rank = x.dim();
@@ -69,8 +69,13 @@ void launch_rotary(const PlannedKernel& kernel, const RotaryArgs& args, const Te
   p.dtype = *dtype_of(x.scalar_type());
   p.same_position = args.same_position;
   p.vectorized = kernel.plan.vectorized;
-  if (x.numel() == 0) return;
-  launch(*kernel.backend, kernel.backend->rotary, p, x.get_device_index());
+  return p;
+}
+
+void launch_rotary(const PlannedKernel& kernel, const RotaryArgs& args, const Tensor& out) {
+  const RotaryParams p = rotary_params(kernel, args, out);
+  if (args.x.numel() == 0) return;
+  launch(*kernel.backend, kernel.backend->rotary, p, args.x.get_device_index());
 }
 
 }  // namespace
@@ -86,6 +91,18 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
   Tensor out = new_tensor(x, Shape(x));
   launch_rotary(kernel, args, out);
   return out;
+}
+
+std::optional<PlannedRotation> plan_rotation(const Tensor& x, const Tensor& cos, const Tensor& sin,
+                                             const OptionalTensor& seqlen_offsets,
+                                             const OptionalTensor& cu_seqlens, int64_t max_seqlen,
+                                             bool interleaved, bool conjugate, bool same_position) {
+  const RotaryArgs args{x,          cos,         sin,       seqlen_offsets, cu_seqlens,
+                        max_seqlen, interleaved, conjugate, same_position};
+  const PlannedKernel kernel = plan_rotary(args);
+  if (kernel.backend == nullptr) return std::nullopt;
+  Tensor out = new_tensor(x, Shape(x));
+  return PlannedRotation{rotary_params(kernel, args, out), out};
 }
 
 namespace {

@@ -53,6 +53,64 @@ FA_HD constexpr bool splits_evenly(int total, int num_ctas, int tile_m, int rows
   return tile_m != kDecodeWgmmaRows || (rows <= tile_m / 2 && total / 128 >= num_ctas);
 }
 
+// What each CTA takes where all tiles are alike: whole ones first, tile i of a round being CTA i's,
+// then its part of the positions of the last tiles. CTAs that run side by side so read the heads of
+// the same tokens, which is 1 % faster on an H200.
+struct DecodeRounds {
+  int num_rounds, num_ctas, tile_length;
+  WorkSplit rest;  // of the positions behind the rounds
+
+  FA_HD constexpr int rest_begin() const { return num_rounds * num_ctas * tile_length; }
+  // Positions of a CTA in one round, the rest being round num_rounds.
+  FA_HD constexpr Range share(int round, int cta) const {
+    if (round > num_rounds) return {0, 0};
+    if (round == num_rounds)
+      return {rest_begin() + rest.begin(cta), rest_begin() + rest.begin(cta + 1)};
+    const int tile = round * num_ctas + cta;
+    return {tile * tile_length, (tile + 1) * tile_length};
+  }
+  // The CTA that has position `at` of the rest.
+  FA_HD constexpr int rest_cta(int at) const { return rest.part_of(at - rest_begin()); }
+};
+
+// The CTAs are those that have a part of `split`. No round and `split` itself unless all of
+// num_tiles tiles are as long as the longest. If `split` cuts no tile, nor does this. If it does,
+// the rest has half a tile or more for each CTA, or nothing: the more parts a tile is cut into, the
+// more there is to merge.
+FA_HD constexpr DecodeRounds decode_rounds(WorkSplit split, int num_tiles, int longest_tile) {
+  if (int64_t{num_tiles} * longest_tile != split.total || split.per_part <= longest_tile)
+    return {0, 1, longest_tile, split};
+  const int num_ctas = split.num_parts(), left = num_tiles % num_ctas;
+  const bool cuts = split.per_part % longest_tile != 0;
+  const bool cuts_more = cuts && 0 < left && 2 * left < num_ctas;
+  DecodeRounds rounds{num_tiles / num_ctas - (cuts_more ? 1 : 0), num_ctas, longest_tile, split};
+  const int rest = split.total - rounds.rest_begin();
+  rounds.rest = {rest, cuts ? max(1, ceil_div(rest, num_ctas)) : longest_tile};
+  return rounds;
+}
+
+// Whether the launch itself merges the parts of tiles, which are few for each then; else a second
+// launch does, for which the first has to end: 3 to 11 us of its own, but all CTAs merge (H200).
+FA_HD constexpr bool decode_merges(int64_t num_tiles, int num_ctas) {
+  return 3 * num_tiles >= num_ctas && 2 * num_ctas <= kDecodeMaxCtas;  // two counters for each
+}
+
+// Where results of the parts of a tile stand that are merged in pairs, then in pairs of pairs, ...
+struct MergeNode {
+  int index, num_nodes;  // of this level
+  int stride;            // parts of a node; the last one may have fewer
+
+  FA_HD constexpr bool is_root() const { return num_nodes == 1; }
+  FA_HD constexpr bool has_sibling() const { return (index ^ 1) < num_nodes; }
+  FA_HD constexpr int first_part() const { return index * stride; }
+  FA_HD constexpr int first_part_of_sibling() const { return (index ^ 1) * stride; }
+  // Not 0, and of no other two siblings of the tile.
+  FA_HD constexpr int part_to_meet_at() const { return (index | 1) * stride; }
+  FA_HD constexpr MergeNode parent() const {
+    return {index / 2, ceil_div(num_nodes, 2), 2 * stride};
+  }
+};
+
 // What a tile of wgmma's costs beside its blocks, in blocks: loading Q, and two products that
 // nothing overlaps. It counts if there are many short tiles, as in the prefill of a prompt.
 constexpr int kDecodeTileStart = 3;
@@ -95,6 +153,9 @@ static_assert(decode_num_ctas({64, 128, 128, 1 << 20}, 132, 2) == 256 &&
 static_assert(split_work(128 * 128, 256, 0, 128, true).per_part == 64);
 static_assert(split_work(8 * 64, 132, 0, 64, false).per_part == 4);  // 16 for each
 static_assert(split_work(100, 8, 2, 50, true).num_parts() == 2);     // no tile is in three parts
+static_assert(decode_rounds({512 * 67, 260}, 512, 67).num_rounds == 3);  // 116 tiles are cut
+static_assert(decode_rounds({136 * 67, 70}, 136, 67).num_rounds == 0);
+static_assert(decode_rounds({512 * 67, 4 * 67}, 512, 67).num_rounds == 4);  // of 128 CTAs
 static_assert(packed_m_blocks(3, 8, 16) == 2);
 
 }  // namespace fa

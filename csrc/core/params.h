@@ -156,7 +156,8 @@ struct RotaryParams {
   bool vectorized;     // rows of x, out, cos, sin and both halves start at multiples of 16 bytes
 };
 
-// Writes new keys and values behind those in the cache, keys rotated if the table has a dimension.
+// Writes new keys and values behind those in the cache, keys rotated if the table has a dimension,
+// and rotates queries in the same launch.
 struct AppendKvParams {
   const void* k;  // [batch_size, seqlen_new, num_heads_kv, head_dim] or [total_new, ...]
   const void* v;  // [batch_size, seqlen_new, num_heads_kv, head_dim_v] or [total_new, ...]
@@ -183,7 +184,8 @@ struct AppendKvParams {
   int page_size;   // tokens of a page; 0: not paged
   int page_table_rows;
   DType dtype;
-  bool vectorized;  // rows of all tensors and both halves start at multiples of 16 bytes
+  bool vectorized;       // rows of all tensors and both halves start at multiples of 16 bytes
+  RotaryParams queries;  // x is nullptr: none; vectorized as the others
 };
 
 // sum = dropout(x * rowscale) + residual, out = normalise(sum) * weight + bias, in fp32.
@@ -293,6 +295,8 @@ struct DecodeParams {
   int num_ctas;    // of the launch, for which `partial` has room
   int num_splits;  // 0: keys are shared out evenly; 1: no tile is split; n: into n parts at most
   DType dtype;
+  bool overlaps;  // kDecodeWgmmaRows: begins while the launch before it ends, which writes new keys
+                  // or q and neither lengths nor tables, and waits for it
 
   // The launch itself writes new keys and values into the caches, vectorized, and reads them where
   // they are; it rotates keys and queries if the table has a dimension. append.k is nullptr: not.

@@ -414,8 +414,8 @@ FA_HD constexpr FwdTileConfig sm90_decode_tile_config(int head_dim, DecodeTiles 
   switch (built_head_dim(head_dim)) {
     case 64:  return {kDecodeWgmmaRows, 128, 5, 1, 8, false};  // 176 KB
     case 128:
-      if (tiles == DecodeTiles::kFew) return {kDecodeWgmmaRows, 64, 6, 1, 8, false};
-      return {kDecodeWgmmaRows, 128, 3, 1, 8, false};  // 224 KB, both
+      if (tiles == DecodeTiles::kFew) return {kDecodeWgmmaRows, 64, 4, 1, 8, false};
+      return {kDecodeWgmmaRows, 128, 2, 1, 8, false};  // 160 KB, both
   }
   // clang-format on
   return {0, 0, 0, 0, 0, false};

@@ -21,6 +21,26 @@ cudaError_t allow_dynamic_smem(int smem_bytes) {
   return error;
 }
 
+// A launch that may begin while the one before it ends (ptx/grid_dependency.h).
+struct LaunchConfig {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute overlaps{};
+
+  LaunchConfig(unsigned num_ctas, unsigned num_threads, size_t smem_bytes, cudaStream_t stream) {
+    config.gridDim = dim3(num_ctas);
+    config.blockDim = dim3(num_threads);
+    config.dynamicSmemBytes = smem_bytes;
+    config.stream = stream;
+  }
+  void overlap() {
+    overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlaps.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlaps;
+    config.numAttrs = 1;
+  }
+  const cudaLaunchConfig_t* get() const { return &config; }
+};
+
 // Multiprocessors of the current device.
 inline cudaError_t num_multiprocessors(int& number) {
   int device = 0;

@@ -37,20 +37,19 @@ int64_t num_wgmma_tiles(const Problem& p) {
   return p.batch_size * ceil_div<int64_t>(rows_of_kv_head(p), kDecodeWgmmaRows) * p.num_heads_kv;
 }
 
-// Whether wgmma's kernel is faster for few rows, head_dim 128 on an H200: with 16 rows in few
-// tiles, which are cut so often that its second kernel merges them better (7 to 30 %); for long
-// caches where tiles are more than SMs (0.5 to 2 %), but with small pages only if they are
-// few: 1,024 tiles with pages of 64 are 3 % slower. Not where mma.sync's kernel appends in the same
-// launch.
+// Whether wgmma's kernel is faster for few rows, head_dim 128: with 16 rows in few tiles, which are
+// cut so often that its second kernel merges them better (7 to 30 % on an H200); for long caches
+// where tiles are more than SMs (1 % on an H100, with append, too), but with small pages only if
+// they are few: an H200 was 3 % slower with 1,024 tiles and pages of 64.
 bool few_rows_take_wgmma(const Problem& p, const DeviceFacts& device) {
-  constexpr int kLongCache = 4096, kVeryLongCache = 32768, kLargePage = 256;
+  constexpr int kLongCache = 4096, kVeryLongCache = 8192, kLargePage = 256;
   const int64_t tiles = num_wgmma_tiles(p);
   const bool are_cut = 2 * rows_of_kv_head(p) > kDecodeFewRows && p.seqlen_k >= kLongCache &&
                        4 * tiles <= device.num_sms;
   const bool fits_pages = p.page_size == 0 || p.page_size >= kLargePage ||
                           (p.page_size >= kDecodeTileN && tiles <= 2 * int64_t{device.num_sms});
   const bool are_long = p.seqlen_k >= kVeryLongCache && fits_pages && tiles > device.num_sms;
-  return !p.appends && built_size(p) == 128 && (are_cut || are_long);
+  return built_size(p) == 128 && (are_cut || are_long);
 }
 
 // One split means one order of additions whatever the call, so one tile too.

@@ -423,6 +423,74 @@ void test_decode_num_ctas() {
             }
 }
 
+// Every position is in one share; whole tiles in the rounds, and few parts of one in the rest.
+void test_decode_rounds() {
+  for (int num_ctas : {1, 2, 7, 132})
+    for (int num_tiles = 1; num_tiles < 6 * num_ctas; num_tiles += 1 + num_ctas / 20)
+      for (int length : {1, 2, 3, 67, 140})
+        for (bool evenly : {false, true}) {
+          const int total = num_tiles * length;
+          const WorkSplit split = split_work(total, num_ctas, 0, length, evenly);
+          const DecodeRounds rounds = decode_rounds(split, num_tiles, length);
+          std::vector<int> owner(total, -1);
+          for (int round = 0; round <= rounds.num_rounds; ++round)
+            for (int cta = 0; cta < split.num_parts(); ++cta) {
+              const Range share = rounds.share(round, cta);
+              CHECK(round == rounds.num_rounds || share.size() == length, "tiles=%d", num_tiles);
+              for (int at = share.begin; at < share.end; ++at) {
+                CHECK(owner[at] == -1, "twice: tiles=%d length=%d at=%d", num_tiles, length, at);
+                owner[at] = cta;
+                if (round == rounds.num_rounds)
+                  CHECK(rounds.rest_cta(at) == cta, "rest_cta tiles=%d at=%d", num_tiles, at);
+              }
+            }
+          for (int at = 0; at < total; ++at)
+            CHECK(owner[at] >= 0, "nobody: tiles=%d length=%d at=%d", num_tiles, length, at);
+          CHECK(rounds.share(rounds.num_rounds + 1, 0).size() == 0, "tiles=%d", num_tiles);
+          if (rounds.num_rounds == 0) continue;
+          const int most_cuts = split.per_part % length == 0 ? 0 : 2;
+          for (int at = rounds.rest_begin(); at < total; at += length)
+            CHECK(rounds.rest_cta(at + length - 1) - rounds.rest_cta(at) <= most_cuts,
+                  "parts: tiles=%d length=%d", num_tiles, length);
+        }
+  CHECK(decode_rounds({100, 10}, 19, 5).num_rounds == 0, "tiles differ");
+  CHECK(decode_rounds({100, 5}, 20, 5).num_rounds == 0, "a tile each");
+}
+
+// Whatever the order in which parts come, one of them is left, with all.
+void test_merge_nodes() {
+  for (int num_parts = 1; num_parts <= 40; ++num_parts)
+    for (int seed = 0; seed < 7; ++seed) {
+      std::vector<int> meets(num_parts, -1);  // the level whose siblings meet at a part
+      std::vector<bool> has_come(num_parts, false);
+      std::vector<int> count(num_parts, 1);  // parts in the results of each
+      int num_left = 0;
+      for (int i = 0; i < num_parts; ++i) {
+        const int part =
+            seed < 2 ? (seed == 0 ? i : num_parts - 1 - i) : (i * 41 + seed) % num_parts;
+        int own = 1;
+        MergeNode node{part, num_parts, 1};
+        for (; !node.is_root(); node = node.parent()) {
+          if (!node.has_sibling()) continue;
+          const int at = node.part_to_meet_at();
+          CHECK(0 < at && at < num_parts && (meets[at] == -1 || meets[at] == node.stride),
+                "parts=%d at=%d", num_parts, at);
+          meets[at] = node.stride;
+          if (!has_come[at]) {
+            has_come[at] = true;
+            count[node.first_part()] = own;
+            break;
+          }
+          own += count[node.first_part_of_sibling()];
+        }
+        if (!node.is_root()) continue;
+        ++num_left;
+        CHECK(own == num_parts, "parts=%d own=%d", num_parts, own);
+      }
+      CHECK(num_left == 1, "parts=%d left=%d", num_parts, num_left);
+    }
+}
+
 // Rows of all heads of a group, packed into tiles: every row is in one tile.
 void test_packed_m_blocks() {
   for (int queries = 0; queries < 40; ++queries)
@@ -434,8 +502,8 @@ void test_packed_m_blocks() {
       }
 }
 
-// Two CTAs on an SM of 228 KB and one on one of 100 KB, 1 KB of each taken by the system, and room
-// for what a CTA has beside.
+// Two CTAs on an SM of 228 KB and one on one of 100 KB, 1 KB of each taken by the system, and
+// room for what a CTA has beside.
 void test_decode_smem() {
   constexpr int kStatic = 1024, kSystem = 1024;
   for (int head_dim : {64, 96, 128, 192, 256})
@@ -453,6 +521,8 @@ void test_decode_smem() {
 int main() {
   test_split_work();
   test_decode_num_ctas();
+  test_decode_rounds();
+  test_merge_nodes();
   test_packed_m_blocks();
   test_decode_smem();
   test_integer_helpers();

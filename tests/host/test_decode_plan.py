@@ -102,15 +102,16 @@ def test_decode_of_many_rows(
         ({"num_heads_q": 4 * 8}, FEW),
         ({"seqlen_k": 1024}, FEW),
         ({"batch_size": 9}, FEW),
-        ({"batch_size": 30, "seqlen_k": 32768}, FEW),
-        ({"batch_size": 34, "seqlen_k": 32768}, WGMMA),
-        ({"batch_size": 34, "seqlen_k": 32768, "num_heads_q": 4}, WGMMA),
-        ({"batch_size": 34, "seqlen_k": 32768, "page_size": 64}, WGMMA),
+        ({"batch_size": 30}, FEW),
+        ({"batch_size": 34}, WGMMA),
+        ({"batch_size": 34, "seqlen_k": 4096}, FEW),
+        ({"batch_size": 34, "num_heads_q": 4}, WGMMA),
+        ({"batch_size": 34, "page_size": 64, "appends": True}, WGMMA),
         ({"batch_size": 34, "seqlen_k": 32768, "page_size": 16}, FEW),
         ({"batch_size": 128, "seqlen_k": 65536}, WGMMA),
         ({"batch_size": 128, "seqlen_k": 65536, "page_size": 64}, FEW),
         ({"batch_size": 128, "seqlen_k": 65536, "page_size": 256}, WGMMA),
-        ({"appends": True}, FEW),
+        ({"appends": True}, WGMMA_FEW_TILES),
         ({"alibi": True}, FEW),
         ({"head_dim": 256, "head_dim_v": 256}, FEW),
     ],
@@ -118,8 +119,8 @@ def test_decode_of_many_rows(
 def test_decode_of_16_rows(
     introspect: ModuleType, fields: dict[str, Any], tile: tuple[int, int]
 ) -> None:
-    """Few tiles of a long cache are cut so often that sharing the merge pays; where tiles of a very
-    long one are more than SMs, wgmma's kernel streams better.
+    """Few tiles of a long cache are cut so often that sharing the merge pays; where tiles of a
+    longer one are more than SMs, wgmma's kernel streams better.
     """
     sizes = {"batch_size": 8, "seqlen_q": 1, "seqlen_k": 8192, "num_heads_kv": 4}
     asked = problem("decode", **{**sizes, "num_heads_q": 4 * 16, **fields})
@@ -135,8 +136,8 @@ def test_decode_of_16_rows(
         ("h200", {"batch_size": 16, "varlen": True, "total_q": 16}, 128),
         ("h200", {"batch_size": 12}, 2 * 96),  # one to an SM would leave 36 SMs out
         ("h200", {"batch_size": 24, "seqlen_k": 1024}, 192),
-        ("h200", {"batch_size": 128}, 256),  # four tiles for each
-        ("h200", {"batch_size": 40}, 264),  # cut anywhere: two tiles for each were 160 CTAs
+        ("h200", {"batch_size": 128, "seqlen_k": 4096}, 256),  # four tiles for each
+        ("h200", {"batch_size": 40, "seqlen_k": 4096}, 264),  # cut: two for each were 160 CTAs
         ("h200", {"batch_size": 16, "head_dim": 64, "head_dim_v": 64}, 256),
         ("h200", {"batch_size": 16, "alibi": True, "seqlen_q": 16}, 256),  # 64 rows
         ("a100", {"batch_size": 1}, 13 * 8),
@@ -170,7 +171,7 @@ def test_decode_ctas(
             "alignment_bytes=8: decode reads 16 bytes at a time and never copies a cache",
         ),
         (
-            {"batch_size": 1 << 15, "seqlen_k": 1 << 22, "appends": True},
+            {"batch_size": 1 << 15, "seqlen_k": 1 << 22, "head_dim": 256, "head_dim_v": 256},
             f"blocks of keys={1 << 34}: decode takes at most 2147483647",
         ),
         ({"head_dim": 264}, "head_dim=264: decode is built for 64, 96, 128, 192, 256"),

@@ -5,7 +5,7 @@
 // b): contiguous, or page page_table[row, slot / page_size], offset slot % page_size. A slot
 // outside the cache, a page id outside the pages, a row outside the table: nothing is written for
 // it (debug mode of the Python package reports it). CTAs, threads and units as in rotary.cuh, a row
-// being a key with its value.
+// being a key with its value. CTAs behind those rotate queries, if there are any.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -14,6 +14,8 @@
 #include "core/params.h"
 #include "core/row_kernels.h"
 #include "core/token_tile.h"
+#include "kernels/common/rotary.cuh"
+#include "ptx/grid_dependency.h"
 
 namespace fa {
 
@@ -92,20 +94,36 @@ FA_DEVICE void append_kv_tile(const AppendKvParams& p, const AppendKvTiles& tile
 
 template <class T, int kVec, int kHeads>
 __global__ void __launch_bounds__(kAppendKvThreads, kAppendKvCtasPerSm)
-    append_kv_kernel(const __grid_constant__ AppendKvParams p, AppendKvTiles tiles) {
-  append_kv_tile<T, kVec, kHeads, kAppendKvThreads>(p, tiles, blockIdx.x);
+    append_kv_kernel(const __grid_constant__ AppendKvParams p, AppendKvTiles tiles,
+                     RotaryTiles query_tiles) {
+  ptx::griddepcontrol_launch_dependents();
+  const int query_tile = static_cast<int>(blockIdx.x) - tiles.num_tiles;
+  if (query_tile < 0) {
+    append_kv_tile<T, kVec, kHeads, kAppendKvThreads>(p, tiles, blockIdx.x);
+  } else {
+    rotary_tile<T, kVec, kHeadsPerThread, kAppendKvThreads>(p.queries, query_tiles, query_tile);
+  }
+}
+
+template <class T, int kVec>
+int launch_append_kv_kernel(const AppendKvParams& p, cudaStream_t stream) {
+  const AppendKvTiles tiles = append_kv_tiles<kVec>(p, kAppendKvThreads);
+  const RotaryTiles query_tiles =
+      p.queries.x == nullptr ? RotaryTiles{} : rotary_tiles<kVec>(p.queries, kAppendKvThreads);
+  const int num_ctas = tiles.num_tiles + query_tiles.num_tiles;
+  if (num_ctas == 0) return cudaSuccess;
+  auto kernel = append_kv_kernel<T, kVec, kHeadsPerThread>;
+  if constexpr (kVec > 1) {
+    if (p.num_heads_kv == 1) kernel = append_kv_kernel<T, kVec, 1>;
+  }
+  kernel<<<num_ctas, kAppendKvThreads, 0, stream>>>(p, tiles, query_tiles);
+  return cudaGetLastError();
 }
 
 template <class T>
 int launch_append_kv(const AppendKvParams& p, cudaStream_t stream) {
-  const AppendKvTiles tiles = p.vectorized ? append_kv_tiles<kVecSize<T>>(p, kAppendKvThreads)
-                                           : append_kv_tiles<1>(p, kAppendKvThreads);
-  if (tiles.num_tiles == 0) return cudaSuccess;
-  const auto kernel = !p.vectorized         ? append_kv_kernel<T, 1, kHeadsPerThread>
-                      : p.num_heads_kv == 1 ? append_kv_kernel<T, kVecSize<T>, 1>
-                                            : append_kv_kernel<T, kVecSize<T>, kHeadsPerThread>;
-  kernel<<<tiles.num_tiles, kAppendKvThreads, 0, stream>>>(p, tiles);
-  return cudaGetLastError();
+  return p.vectorized ? launch_append_kv_kernel<T, kVecSize<T>>(p, stream)
+                      : launch_append_kv_kernel<T, 1>(p, stream);
 }
 
 }  // namespace fa

@@ -12,6 +12,7 @@
 #include "core/params.h"
 #include "core/row_kernels.h"
 #include "core/token_tile.h"
+#include "ptx/grid_dependency.h"
 
 namespace fa {
 
@@ -20,17 +21,34 @@ FA_HD constexpr int rotary_moved_dim(const RotaryParams& p) {
   return p.x == p.out ? p.table.rotary_dim : p.head_dim;
 }
 
-template <class T, int kVec, int kHeads>
-__global__ void __launch_bounds__(kRotaryThreads, kRotaryCtasPerSm)
-    rotary_kernel(const __grid_constant__ RotaryParams p, FastDiv by_token, FastDiv by_row,
-                  int tile_tokens) {
-  const TokenTile tile = token_tile(p.cu_seqlens, p.batch_size, p.seqlen, tile_tokens, blockIdx.x);
-  const int offset = p.seqlen_offsets == nullptr ? 0 : p.seqlen_offsets[tile.batch];
-  const int units = (tile.end - tile.begin) * by_token.divisor();
+// How the tokens are cut into tiles, one for a CTA.
+struct RotaryTiles {
+  FastDiv by_token, by_row;  // units of a token, units of a row
+  int tile_tokens, num_tiles;
+};
+template <int kVec>
+inline RotaryTiles rotary_tiles(const RotaryParams& p, int num_threads) {
+  const bool varlen = p.cu_seqlens != nullptr;
+  const int per_row = row_units(rotary_moved_dim(p), p.table.rotary_dim, kVec);
+  const int per_token = units_per_token(p.num_heads, per_row);
+  const int tile_tokens = tokens_per_tile(per_token, num_threads, varlen);
+  const int64_t tiles =
+      per_row == 0 ? 0 : num_token_tiles(varlen, p.batch_size, p.seqlen, tile_tokens);
+  return {FastDiv(max(per_token, 1)), FastDiv(max(per_row, 1)), tile_tokens,
+          static_cast<int>(tiles)};
+}
 
-  for (int i = threadIdx.x; i < units; i += kRotaryThreads) {
-    const auto [tile_token, token_unit] = divide(i, by_token);
-    const auto [head_group, unit] = divide(token_unit, by_row);
+// Rotates the tokens of tile `tile_index`, by kThreads threads.
+template <class T, int kVec, int kHeads, int kThreads>
+FA_DEVICE void rotary_tile(const RotaryParams& p, const RotaryTiles& tiles, int tile_index) {
+  const TokenTile tile =
+      token_tile(p.cu_seqlens, p.batch_size, p.seqlen, tiles.tile_tokens, tile_index);
+  const int offset = p.seqlen_offsets == nullptr ? 0 : p.seqlen_offsets[tile.batch];
+  const int units = (tile.end - tile.begin) * tiles.by_token.divisor();
+
+  for (int i = threadIdx.x; i < units; i += kThreads) {
+    const auto [tile_token, token_unit] = divide(i, tiles.by_token);
+    const auto [head_group, unit] = divide(token_unit, tiles.by_row);
     const HeadGroup heads(head_group, p.num_heads);
     const int token = tile.begin + tile_token;
     const int64_t row = tile.first_row + token;
@@ -47,20 +65,22 @@ __global__ void __launch_bounds__(kRotaryThreads, kRotaryCtasPerSm)
   }
 }
 
+template <class T, int kVec, int kHeads>
+__global__ void __launch_bounds__(kRotaryThreads, kRotaryCtasPerSm)
+    rotary_kernel(const __grid_constant__ RotaryParams p, RotaryTiles tiles) {
+  ptx::griddepcontrol_launch_dependents();
+  rotary_tile<T, kVec, kHeads, kRotaryThreads>(p, tiles, blockIdx.x);
+}
+
 template <class T>
 int launch_rotary(const RotaryParams& p, cudaStream_t stream) {
-  const bool varlen = p.cu_seqlens != nullptr;
-  const int vec = p.vectorized ? kVecSize<T> : 1;
-  const int per_row = row_units(rotary_moved_dim(p), p.table.rotary_dim, vec);
-  const int per_token = units_per_token(p.num_heads, per_row);
-  const int tile_tokens = tokens_per_tile(per_token, kRotaryThreads, varlen);
-  const int64_t tiles = num_token_tiles(varlen, p.batch_size, p.seqlen, tile_tokens);
-  if (tiles == 0 || per_row == 0) return cudaSuccess;
+  const RotaryTiles tiles = p.vectorized ? rotary_tiles<kVecSize<T>>(p, kRotaryThreads)
+                                         : rotary_tiles<1>(p, kRotaryThreads);
+  if (tiles.num_tiles == 0) return cudaSuccess;
   const auto kernel = !p.vectorized      ? rotary_kernel<T, 1, kHeadsPerThread>
                       : p.num_heads == 1 ? rotary_kernel<T, kVecSize<T>, 1>
                                          : rotary_kernel<T, kVecSize<T>, kHeadsPerThread>;
-  kernel<<<static_cast<unsigned>(tiles), kRotaryThreads, 0, stream>>>(
-      p, FastDiv(per_token), FastDiv(per_row), tile_tokens);
+  kernel<<<tiles.num_tiles, kRotaryThreads, 0, stream>>>(p, tiles);
   return cudaGetLastError();
 }
 

@@ -2,17 +2,15 @@
 // mma.sync would be the limit. Rows are the query heads of one KV head and their queries.
 //
 // One CTA to an SM takes an equal share of all key blocks (core/decode_schedule.h), counted on the
-// device, and walks the tiles in it, from the last block of each to the first. In the producer
-// warpgroup one thread finds the items, one warp starts the copies; each consumer warpgroup
-// computes 64 rows, as the forward does (fwd.cuh):
+// device, and walks the tiles in it, from the last block of each to the first. The producer
+// warpgroup brings what they need (decode_load.h); each consumer warpgroup computes 64 rows, as the
+// forward does (fwd.cuh):
 //   for n_block of the item:  S = Q K^T;  meanwhile O += P V of the block before;
 //                                    mask(S);  P = softmax weights of S
 // Memory: per consumer warpgroup smem_q [64, head_dim], then num_stages of smem_k and of smem_v
 // [tile_n, head_dim], in slabs of 64 columns with 128-byte swizzle, then barriers and DecodeShared.
-// Pages: a block is copied in boxes that are part of one page each, a lane to a box.
-// A tile that is cut leaves its results in global memory. A second kernel, whose start-up overlaps
-// the end of the first, merges them: CTA i takes its share of the rows of the tiles of which CTA i
-// had a part. The last CTA of a tile to arrive, alone, would take longer for many rows.
+// Parts of a tile that is cut meet in pairs, or leave their results to a second launch
+// (decode_merge.h).
 // Keys behind the end of a sequence, and pages of nobody, may hold anything, also NaN: K's are
 // masked, V's are overwritten with zeros in shared memory. Numbers: docs/performance/decode.md.
 #pragma once
@@ -21,200 +19,41 @@
 
 #include "attention/apply_mask.h"
 #include "attention/steady_softmax.h"
-#include "core/split.h"
 #include "kernels/launch.h"
 #include "kernels/sm80/decode_output.h"
-#include "kernels/sm80/decode_work.h"
+#include "kernels/sm90/decode_layout.h"
+#include "kernels/sm90/decode_load.h"
+#include "kernels/sm90/decode_merge.h"
 #include "kernels/tensor_map.h"
+#include "kernels/tile_counter.h"
 #include "ptx/barrier.h"
 #include "ptx/cp_async.h"
 #include "ptx/grid_dependency.h"
+#include "ptx/reduction.h"
 #include "ptx/shared_memory.h"
 #include "ptx/tma.h"
 #include "ptx/warpgroup.h"
 #include "tile/mma_sm90.h"
-#include "tile/pipeline.h"
-#include "tile/smem_tile_sm90.h"
 #include "tile/store_sm90.h"
 
 namespace fa {
 
-// What the launcher adds to the parameters.
-struct WgmmaDecodeLaunch {
-  CUtensorMap k, v;  // a cache or a page is a batch entry
-  DecodeLaunch common;
-  float threshold;     // kMaxWeightLog2 / common.scale
-  int box_rows;        // keys that one copy brings: a block, or a page's part of it
-  uint64_t l2_policy;  // of K and V
-};
+// Of CTA i, at 2 i + warpgroup: whether one of the two parts of a tile that meet there has come.
+// Zero before and after every launch. A row for each launch that may run at the same time.
+constexpr int kNumDecodeMeetings = 1 << 11;
+static __device__ int decode_meetings[kNumDecodeMeetings][kDecodeMaxCtas];
 
-template <int kHeadDim, DecodeTiles kTiles>
-struct WgmmaDecodeLayout {
-  static constexpr FwdTileConfig kTile = sm90_decode_tile_config(kHeadDim, kTiles);
-  static constexpr int kConsumers = kTile.num_warps / 4;  // warpgroups
-  static constexpr int kThreads = fwd_num_threads(Arch::kSm90, kTile);
-  static constexpr int kRows = 64;  // of a warpgroup
-  // Finding an item takes more registers than the scheduler of the forward has.
-  static constexpr WarpgroupRegisters kRegisters{168, 56, 224};
-  static_assert(kConsumers == 2 && kTile.tile_m == kRows * kConsumers);
-
-  using Shape = DecodeShape<kTile.tile_m, kTile.tile_n, kThreads, false>;
-  using Shared = DecodeShared<kThreads>;
-  using TileQ = SwizzledTile<kRows, kHeadDim>;
-  using TileKV = SwizzledTile<kTile.tile_n, kHeadDim>;
-  using KvPipeline = Pipeline<kTile.num_stages>;
-  using ItemPipeline = Pipeline<3>;  // of DecodeShared::items
-
-  static constexpr int kK = kConsumers * TileQ::kBytes;
-  static constexpr int kV = kK + kTile.num_stages * TileKV::kBytes;
-  static constexpr int kKBarriers = kV + kTile.num_stages * TileKV::kBytes;
-  static constexpr int kVBarriers = kKBarriers + KvPipeline::kBarrierBytes;
-  static constexpr int kItemBarriers = kVBarriers + KvPipeline::kBarrierBytes;
-  static constexpr int kShared = kItemBarriers + ItemPipeline::kBarrierBytes;
-  static constexpr int kSmemBytes = sm90_decode_smem_bytes(kHeadDim, kTiles);
-  static_assert(kShared + static_cast<int>(sizeof(Shared)) <= kSmemBytes);
-
-  static FA_DEVICE TileQ smem_q(uint32_t smem, int warpgroup) {
-    return {smem + warpgroup * TileQ::kBytes};
-  }
-  static FA_DEVICE TileKV smem_k(uint32_t smem, int stage) {
-    return {smem + kK + stage * TileKV::kBytes};
-  }
-  static FA_DEVICE TileKV smem_v(uint32_t smem, int stage) {
-    return {smem + kV + stage * TileKV::kBytes};
-  }
-  static FA_DEVICE void init_barriers(uint32_t smem) {
-    KvPipeline::init(smem + kKBarriers, kTile.num_warps);
-    KvPipeline::init(smem + kVBarriers, kTile.num_warps);
-    ItemPipeline::init(smem + kItemBarriers, kTile.num_warps + 1);  // and the loader
-    ptx::fence_mbarrier_init();
-  }
-};
-
-// The thread that finds the items, up to three ahead. find_share() has found the first.
-template <class Layout>
-FA_DEVICE void find_decode_items(const DecodeParams& p, const DecodeLaunch& launch,
-                                 typename Layout::Shared& shared, uint32_t smem) {
-  auto slot = Layout::ItemPipeline::producer(smem + Layout::kItemBarriers);
-#pragma unroll 1
-  for (bool is_first = true;; is_first = false) {
-    DecodeItem& item = shared.items[slot.stage];
-    slot.wait_empty();
-    if (!is_first) next_item<typename Layout::Shape>(p, launch, shared.cursor, item);
-    const bool exists = item.end >= 0;
-    if (exists) find_sharers(shared.cursor.split, item);
-    ptx::mbarrier_arrive(slot.full());
-    if (!exists) return;
-    slot.advance();
-  }
+// Tiles of the longest kind of sequences, as far as the host knows.
+inline int64_t num_decode_tiles(const DecodeParams& p) {
+  const int group = p.num_heads_q / p.num_heads_kv;
+  return int64_t{p.batch_size} * p.num_heads_kv *
+         packed_m_blocks(p.seqlens_q.max_seqlen, group, p.tile_m);
 }
 
-// The warp that starts all copies: each lane has a box of a block, the slabs of a row by turns.
-template <class Layout>
-struct WgmmaDecodeLoader {
-  using TileKV = typename Layout::TileKV;
-  static constexpr int kTileN = Layout::kTile.tile_n;
-
-  const DecodeParams& p;
-  const WgmmaDecodeLaunch& launch;
-  uint32_t smem;
-  int lane;
-  typename Layout::KvPipeline k, v;
-
-  FA_DEVICE WgmmaDecodeLoader(const DecodeParams& params, const WgmmaDecodeLaunch& decode_launch,
-                              uint32_t smem_base)
-      : p(params),
-        launch(decode_launch),
-        smem(smem_base),
-        lane(threadIdx.x % kWarpSize),
-        k(Layout::KvPipeline::producer(smem_base + Layout::kKBarriers)),
-        v(Layout::KvPipeline::producer(smem_base + Layout::kVBarriers)) {}
-
-  FA_DEVICE void run(typename Layout::Shared& shared) {
-    auto slot = Layout::ItemPipeline::consumer(smem + Layout::kItemBarriers);
-#pragma unroll 1
-    while (true) {
-      slot.wait_full();
-      const DecodeItem& item = shared.items[slot.stage];
-      if (item.end < 0) return;
-      load(item);
-      __syncwarp();  // all lanes are done with the item
-      if (lane == 0) slot.release();
-      slot.advance();
-    }
-  }
-
-  // K of a block goes ahead of V of the block before, as they are needed.
-  FA_DEVICE void load(const DecodeItem& item) {
-    int block = item.end - 1;
-    if (block < item.begin) return;
-    ptx::BoxOrigin at = box(item, block);
-    load_tile(k, &launch.k, Layout::smem_k(smem, k.stage), at);
-#pragma unroll 1
-    while (--block >= item.begin) {
-      const ptx::BoxOrigin next = box(item, block);
-      load_tile(k, &launch.k, Layout::smem_k(smem, k.stage), next);
-      load_tile(v, &launch.v, Layout::smem_v(smem, v.stage), at);
-      at = next;
-    }
-    load_tile(v, &launch.v, Layout::smem_v(smem, v.stage), at);
-  }
-
-  // Where this lane's box of a block is. Behind the last key: any page of the pool.
-  FA_DEVICE ptx::BoxOrigin box(const DecodeItem& item, int block) const {
-    const SeqlenInfo& seq = item.entry.k_seq;
-    const int column = lane % TileKV::kSlabs * TileKV::kSlabCols;
-    const int row = block * kTileN + lane / TileKV::kSlabs * launch.box_rows;
-    if (p.page_table == nullptr) return {column, seq.leftpad + row, item.head_kv, item.cache};
-    const auto [at, row_in_page] = divide(min(row, seq.seqlen - 1), launch.common.by_page);
-    const int page = p.page_table[item.cache * p.page_table_batch_stride + at];
-    const bool exists = row < seq.seqlen;
-    return {column, exists ? row_in_page : 0, item.head_kv, clamp(page, 0, p.num_caches - 1)};
-  }
-
-  FA_DEVICE void load_tile(typename Layout::KvPipeline& pipeline, const void* map, TileKV tile,
-                           ptx::BoxOrigin at) {
-    pipeline.wait_empty();
-    if (lane == 0) ptx::mbarrier_arrive_expect_tx(pipeline.full(), TileKV::kBytes);
-    __syncwarp();  // the bytes are announced
-    if (lane < TileKV::kSlabs * (kTileN / launch.box_rows)) {
-      const int first_row = lane / TileKV::kSlabs * launch.box_rows;
-      ptx::cp_async_bulk_tensor_4d(tile.base + lane % TileKV::kSlabs * TileKV::kSlabBytes +
-                                       first_row * TileKV::kSlabRowBytes,
-                                   map, at, pipeline.full(), launch.l2_policy);
-    }
-    pipeline.advance();
-  }
-};
-
-// The two tiles of each CTA that may be cut, behind the results in the workspace.
-template <int kHeadDim>
-struct CutTiles {
-  static_assert(sizeof(DecodeItem) <= 4 * kDecodeItemWords && sizeof(DecodeItem) % 4 == 0);
-  int* words;
-
-  FA_DEVICE explicit CutTiles(const DecodeParams& p)
-      : words(reinterpret_cast<int*>(p.partial) +
-              decode_partial_words(gridDim.x, kDecodeWgmmaRows, kHeadDim)) {}
-
-  // Tile 0 begins in a CTA before this one, tile 1 in this one; first_cta < 0: is not cut.
-  FA_DEVICE DecodeItem& item(int which) const {
-    return *reinterpret_cast<DecodeItem*>(words + (2 * blockIdx.x + which) * kDecodeItemWords);
-  }
-  FA_DEVICE void clear() const { item(0).first_cta = item(1).first_cta = -1; }
-  // By one warp.
-  FA_DEVICE void put(const DecodeItem& cut, int lane) const {
-    const int* from = reinterpret_cast<const int*>(&cut);
-    int* to = reinterpret_cast<int*>(&item(static_cast<int>(blockIdx.x) == cut.first_cta));
-    for (int i = lane; i < static_cast<int>(sizeof(DecodeItem) / 4); i += kWarpSize)
-      to[i] = from[i];
-  }
-};
-
 // A warpgroup's computation.
-template <class T, int kHeadDim, DecodeTiles kTiles>
+template <class T, int kHeadDim, DecodeTiles kTiles, bool kMerges>
 struct WgmmaDecodeConsumer {
-  using Layout = WgmmaDecodeLayout<kHeadDim, kTiles>;
+  using Layout = WgmmaDecodeLayout<kHeadDim, kTiles, kMerges>;
   using Shape = typename Layout::Shape;
   static constexpr int kTileM = Shape::kTileM, kTileN = Shape::kTileN;
   static constexpr int kN = kTileN / 8, kD = kHeadDim / 8;
@@ -294,7 +133,7 @@ struct WgmmaDecodeConsumer {
     store(item, softmax, acc_o);
   }
 
-  // Releases blocks that only the other warpgroup needs.
+  // Blocks of a tile of which this warpgroup has no row.
   FA_DEVICE void skip(int num_blocks) {
 #pragma unroll 1
     for (; num_blocks > 0; --num_blocks) {
@@ -393,6 +232,11 @@ struct WgmmaDecodeConsumer {
   FA_DEVICE void sync_warpgroup() const {
     ptx::bar_sync(kFirstOwnBarrier + warpgroup, kWarpgroupSize);
   }
+  // Whether any thread of the warpgroup says so; the vote tells the compiler that warps agree.
+  FA_DEVICE bool any(bool predicate) const {
+    return __any_sync(0xffffffffu,
+                      ptx::bar_red_or(kFirstOwnBarrier + warpgroup, kWarpgroupSize, predicate));
+  }
 
   FA_DEVICE void mask(Scores& acc_s, const DecodeItem& item, int block) const {
     const DecodeEntry& entry = item.entry;
@@ -421,7 +265,7 @@ struct WgmmaDecodeConsumer {
   }
 
   // A result of all keys goes to out, another one waits for those of the other CTAs.
-  FA_DEVICE void store(const DecodeItem& item, const Softmax& softmax, const Output& acc_o) {
+  FA_DEVICE void store(const DecodeItem& item, Softmax& softmax, Output& acc_o) const {
     const Results results{p, launch.common};
     const int rows = results.stored_rows(item);
     if (item.entry.batch >= p.batch_size) {  // rows of no sequence
@@ -430,10 +274,18 @@ struct WgmmaDecodeConsumer {
       return;
     }
     if (item.is_whole) return store_whole(results, item, rows, softmax, acc_o);
+    if constexpr (kMerges) return meet(results, item, rows, softmax, acc_o);
+    write_part(results.own_partial(item), rows, softmax, acc_o, scale_log2());
+    if (warp == 0) CutTiles<kHeadDim>(p).put(item, lane);
+  }
+
+  // max_scale: of the maxima that are written.
+  FA_DEVICE void write_part(float* part, int rows, const Softmax& softmax, const Output& acc_o,
+                            float max_scale) const {
     FA_UNROLL
     for (int r = 0; r < 2; ++r) {
       if (tile_row(r) >= rows) continue;
-      float* to = results.own_partial(item) + tile_row(r) * Results::kResultWords;
+      float* to = part + tile_row(r) * Results::kResultWords;
       FA_UNROLL
       for (int d = 0; d < kD; ++d) {
         *reinterpret_cast<float2*>(to + 8 * d + lane % 4 * 2) = {acc_o.x[0][d][2 * r],
@@ -441,10 +293,61 @@ struct WgmmaDecodeConsumer {
       }
       // A whole sector of 32 bytes, of which L2 would read the rest from memory.
       if (lane % 4 < 2)
-        *reinterpret_cast<float4*>(to + kHeadDim + lane % 4 * 4) = {
-            softmax.row_max[r] * scale_log2(), softmax.row_sum[r], 0.f, 0.f};
+        *reinterpret_cast<float4*>(to + kHeadDim + lane % 4 * 4) = {softmax.row_max[r] * max_scale,
+                                                                    softmax.row_sum[r], 0.f, 0.f};
     }
-    if (warp == 0) CutTiles<kHeadDim>(p).put(item, lane);
+  }
+
+  // Parts of a tile meet in pairs (MergeNode): the first to come of two leaves its results, the
+  // other adds them to its own and goes on for both. The one that is left stores the tile.
+  FA_DEVICE void meet(const Results& results, const DecodeItem& item, int rows, Softmax& softmax,
+                      Output& acc_o) const {
+    const auto result = [&](int part) { return results.partial(item.first_cta + part, part == 0); };
+    MergeNode node{static_cast<int>(blockIdx.x) - item.first_cta,
+                   item.last_cta - item.first_cta + 1, 1};
+#pragma unroll 1
+    for (; !node.is_root(); node = node.parent()) {
+      if (!node.has_sibling()) continue;
+      int* counter = decode_meetings[launch.common.counter_row] +
+                     2 * (item.first_cta + node.part_to_meet_at()) + warpgroup;
+      const bool leads = threadIdx.x % kWarpgroupSize == 0;
+      if (!any(leads && ptx::ld_acquire_gpu_s32(counter) == 1)) {
+        write_part(result(node.first_part()), rows, softmax, acc_o, 1.f);
+        sync_warpgroup();  // all of it is written
+        if (!any(leads && ptx::atom_add_acq_rel_gpu_s32(counter, 1) == 1)) return;
+      }
+      if (leads) *counter = 0;
+      add_part(result(node.first_part_of_sibling()), rows, softmax, acc_o);
+    }
+    store_whole(results, item, rows, softmax, acc_o);
+  }
+
+  // Rounds the same whichever of the two is the other.
+  FA_DEVICE void add_part(const float* part, int rows, Softmax& softmax, Output& acc_o) const {
+    FA_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      if (tile_row(r) >= rows) continue;
+      const float* from = part + tile_row(r) * Results::kResultWords;
+      const auto theirs = __ldcg(reinterpret_cast<const float2*>(from + kHeadDim));
+      float2 x[kD];
+      FA_UNROLL
+      for (int d = 0; d < kD; ++d)
+        x[d] = __ldcg(reinterpret_cast<const float2*>(from + 8 * d + lane % 4 * 2));
+      const float high = fmaxf(softmax.row_max[r], theirs.x), reference = finite_max(high);
+      const float factor = ptx::ex2_approx_ftz((softmax.row_max[r] - reference) * scale_log2());
+      const float their_factor = ptx::ex2_approx_ftz((theirs.x - reference) * scale_log2());
+      const auto sum = [&](float mine, float other) {
+        return __fadd_rn(__fmul_rn(mine, factor), __fmul_rn(other, their_factor));
+      };
+      softmax.row_max[r] = high;
+      softmax.row_sum[r] = sum(softmax.row_sum[r], theirs.y);
+      FA_UNROLL
+      for (int d = 0; d < kD; ++d) {
+        acc_o.x[0][d][2 * r] = sum(acc_o.x[0][d][2 * r], x[d].x);
+        acc_o.x[0][d][2 * r + 1] = sum(acc_o.x[0][d][2 * r + 1], x[d].y);
+      }
+    }
+    __syncwarp();  // all lanes have read what this warp may overwrite
   }
 
   FA_DEVICE void store_whole(const Results& results, const DecodeItem& item, int rows,
@@ -460,11 +363,11 @@ struct WgmmaDecodeConsumer {
   }
 };
 
-template <class T, int kHeadDim, DecodeTiles kTiles>
-__global__ void __launch_bounds__(WgmmaDecodeLayout<kHeadDim, kTiles>::kThreads, 1)
+template <class T, int kHeadDim, DecodeTiles kTiles, bool kMerges>
+__global__ void __launch_bounds__(WgmmaDecodeLayout<kHeadDim, kTiles, kMerges>::kThreads, 1)
     wgmma_decode_kernel(const __grid_constant__ WgmmaDecodeLaunch launch,
                         const __grid_constant__ DecodeParams p) {
-  using Layout = WgmmaDecodeLayout<kHeadDim, kTiles>;
+  using Layout = WgmmaDecodeLayout<kHeadDim, kTiles, kMerges>;
   extern __shared__ __align__(1024) char smem[];
   const uint32_t smem_base = ptx::cvta_to_shared(smem);
   auto& shared = *reinterpret_cast<typename Layout::Shared*>(smem + Layout::kShared);
@@ -472,64 +375,33 @@ __global__ void __launch_bounds__(WgmmaDecodeLayout<kHeadDim, kTiles>::kThreads,
     ptx::prefetch_tensormap(&launch.k);
     ptx::prefetch_tensormap(&launch.v);
     Layout::init_barriers(smem_base);
-    CutTiles<kHeadDim>(p).clear();
+    if (!kMerges) CutTiles<kHeadDim>(p).clear();
   }
   ptx::griddepcontrol_launch_dependents();
-  if (!find_share<typename Layout::Shape>(p, launch.common, shared)) return;  // meets all threads
+  const bool has_share = find_share<typename Layout::Shape>(p, launch.common, shared);
+  ptx::griddepcontrol_wait();  // q and new keys are there
+  if (!has_share) return;      // all threads
   const int warpgroup = ptx::warpgroup_index();
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Layout::kRegisters.producer>();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0);
     if (warp == 0) WgmmaDecodeLoader<Layout>(p, launch, smem_base).run(shared);
-    if (threadIdx.x == kWarpSize) find_decode_items<Layout>(p, launch.common, shared, smem_base);
+    if (threadIdx.x == kWarpSize) DecodeItemFinder<Layout>(p, launch.common, shared).run(smem_base);
   } else {
     ptx::setmaxnreg_inc<Layout::kRegisters.consumer>();
-    WgmmaDecodeConsumer<T, kHeadDim, kTiles>(p, launch, shared, smem_base, warpgroup - 1).run();
+    WgmmaDecodeConsumer<T, kHeadDim, kTiles, kMerges>(p, launch, shared, smem_base, warpgroup - 1)
+        .run();
   }
 }
 
-constexpr int kMergeThreads = 256;
-template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kMergeThreads)
-    merge_decode_kernel(const __grid_constant__ DecodeLaunch launch,
-                        const __grid_constant__ DecodeParams p) {
-  constexpr int kWarps = kMergeThreads / kWarpSize;
-  const DecodeOutput<T, kHeadDim, kDecodeWgmmaRows, kWarps> output{p, launch};
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  ptx::griddepcontrol_wait();
-  const CutTiles<kHeadDim> cut(p);
-  const bool first_is_cut = cut.item(0).first_cta >= 0, second_is_cut = cut.item(1).first_cta >= 0;
-#pragma unroll 1
-  for (int which = 0; which < 2; ++which) {
-    if (!(which == 0 ? first_is_cut : second_is_cut)) continue;
-    const DecodeItem& item = cut.item(which);
-    const Range rows{0, output.stored_rows(item)};
-    const int num_parts = item.last_cta - item.first_cta + 1;
-    output.merge_parts(item, split_range(rows, blockIdx.x - item.first_cta, num_parts), warp, lane);
-  }
-}
-
-template <class T, int kHeadDim>
-cudaError_t launch_merge(const DecodeParams& p, const DecodeLaunch& launch, cudaStream_t stream) {
-  cudaLaunchAttribute overlaps{};
-  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlaps.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(p.num_ctas);
-  config.blockDim = dim3(kMergeThreads);
-  config.stream = stream;
-  config.attrs = &overlaps;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, merge_decode_kernel<T, kHeadDim>, launch, p);
-}
-
-template <class T, int kHeadDim, DecodeTiles kTiles>
-int launch_wgmma_decode_kernel(const DecodeParams& p, cudaStream_t stream) {
-  using Layout = WgmmaDecodeLayout<kHeadDim, kTiles>;
-  constexpr auto kKernel = wgmma_decode_kernel<T, kHeadDim, kTiles>;
+template <class T, int kHeadDim, DecodeTiles kTiles, bool kMerges>
+int launch_wgmma_decode_kernel(const DecodeParams& p, int counter_row, cudaStream_t stream) {
+  using Layout = WgmmaDecodeLayout<kHeadDim, kTiles, kMerges>;
+  constexpr auto kKernel = wgmma_decode_kernel<T, kHeadDim, kTiles, kMerges>;
   constexpr int kTileN = Layout::kTile.tile_n;
   WgmmaDecodeLaunch launch;
   launch.common = decode_launch(p);
+  launch.common.counter_row = counter_row;
   launch.threshold = kMaxWeightLog2<T> / launch.common.scale;
   const bool reads_once = launch.common.by_m_blocks.divisor() == 1;  // one tile to a KV head
   launch.l2_policy = reads_once ? ptx::kL2EvictFirst : ptx::kL2EvictLast;
@@ -547,9 +419,23 @@ int launch_wgmma_decode_kernel(const DecodeParams& p, cudaStream_t stream) {
     error = encode_tensor_map(launch.v, p.dtype, v, launch.box_rows, kPromotion);
   if (error == cudaSuccess) error = allow_dynamic_smem<kKernel>(Layout::kSmemBytes);
   if (error != cudaSuccess) return error;
-  kKernel<<<p.num_ctas, Layout::kThreads, Layout::kSmemBytes, stream>>>(launch, p);
-  error = cudaGetLastError();
-  return error != cudaSuccess ? error : launch_merge<T, kHeadDim>(p, launch.common, stream);
+  LaunchConfig config(p.num_ctas, Layout::kThreads, Layout::kSmemBytes, stream);
+  if (p.overlaps) config.overlap();
+  error = cudaLaunchKernelEx(config.get(), kKernel, launch, p);
+  if (error != cudaSuccess || kMerges) return error;
+  return launch_merge<T, kHeadDim>(p, launch.common, stream);
+}
+
+template <class T, int kHeadDim, DecodeTiles kTiles>
+int launch_wgmma_decode(const DecodeParams& p, cudaStream_t stream) {
+  int row = kNoTileCounter;
+  if (decode_merges(num_decode_tiles(p), p.num_ctas)) {
+    const cudaError_t error = tile_counter(stream, row);
+    if (error != cudaSuccess) return error;
+  }
+  return 0 <= row && row < kNumDecodeMeetings
+             ? launch_wgmma_decode_kernel<T, kHeadDim, kTiles, true>(p, row, stream)
+             : launch_wgmma_decode_kernel<T, kHeadDim, kTiles, false>(p, kNoTileCounter, stream);
 }
 
 template <class T, int kHeadDim>
@@ -559,9 +445,9 @@ int launch_decode_wgmma(const DecodeParams& p, cudaStream_t stream) {
   if (p.num_ctas == 0) return cudaSuccess;
   if constexpr (!same_tile(kFew, kMany)) {
     if (p.tile_n == kFew.tile_n)
-      return launch_wgmma_decode_kernel<T, kHeadDim, DecodeTiles::kFew>(p, stream);
+      return launch_wgmma_decode<T, kHeadDim, DecodeTiles::kFew>(p, stream);
   }
-  return launch_wgmma_decode_kernel<T, kHeadDim, DecodeTiles::kMany>(p, stream);
+  return launch_wgmma_decode<T, kHeadDim, DecodeTiles::kMany>(p, stream);
 }
 
 }  // namespace fa
