@@ -30,20 +30,24 @@ FA_HD constexpr int64_t decode_ctas_at_most(int64_t tiles, int64_t most) {
 }
 
 // The same on a device of num_sms SMs that hold per_sm of them each. One to an SM merges less and
-// starts sooner. 16 rows need a second one where tiles end all the time, as nothing is copied while
-// a CTA merges and stores, and where units of the ring are small or few (64, 256); 64 rows, where
-// there is much to multiply.
+// starts sooner: for few blocks, and, with 16 rows, for few tiles, which are those of one sequence.
+// Else two, as nothing is copied while a CTA merges and stores; also where units of the ring are
+// small or few (64, 256).
 struct DecodeTileCount {
   int tile_m, head_dim;   // built_head_dim()
   int64_t tiles, blocks;  // blocks of keys of all tiles, at most
 };
 FA_HD constexpr int64_t decode_num_ctas(DecodeTileCount of, int num_sms, int per_sm) {
-  constexpr int kFewBlocks = 4;  // for each CTA
-  const int64_t one = of.tiles <= num_sms ? decode_ctas_at_most(of.tiles, num_sms) : 0;
-  const bool is_enough = of.tile_m == kDecodeFewRows
-                             ? 64 < of.head_dim && of.head_dim < 256 && 10 * one >= 9 * num_sms
-                             : one > 0 && of.blocks < int64_t{kFewBlocks} * per_sm * num_sms;
-  return is_enough ? one : decode_ctas_at_most(of.tiles, int64_t{per_sm} * num_sms);
+  const bool few_rows = of.tile_m == kDecodeFewRows;
+  const int64_t most = int64_t{per_sm} * num_sms, few_blocks = (few_rows ? 16 : 4) * most;
+  const bool takes_one = few_rows ? 64 < of.head_dim && of.head_dim < 256 &&
+                                        (of.blocks < few_blocks || 8 * of.tiles <= num_sms)
+                                  : of.blocks < few_blocks;
+  if (takes_one && of.tiles <= num_sms) {
+    const int64_t one = decode_ctas_at_most(of.tiles, num_sms);
+    if (10 * one >= 9 * num_sms) return one;
+  }
+  return decode_ctas_at_most(of.tiles, most);
 }
 
 // Whether all CTAs get as many blocks, wherever that cuts tiles. mma.sync's kernels are launched
@@ -142,12 +146,12 @@ FA_HD constexpr int packed_m_blocks(int queries, int group_size, int tile_m) {
 }
 
 static_assert(decode_num_ctas({16, 128, 8, 1 << 20}, 132, 2) == 128);  // 16 to a tile, one to an SM
-static_assert(decode_num_ctas({16, 128, 128, 1 << 20}, 132, 2) == 128);  // one to a tile
-static_assert(decode_num_ctas({16, 128, 100, 1 << 20}, 132, 2) ==
-              200);  // else 32 SMs were left out
+static_assert(decode_num_ctas({16, 128, 128, 2048}, 132, 2) == 128);   // one to a tile
+static_assert(decode_num_ctas({16, 128, 128, 1 << 20}, 132, 2) == 256);   // two
+static_assert(decode_num_ctas({16, 128, 100, 2048}, 132, 2) == 200);      // 100 leave 32 SMs out
 static_assert(decode_num_ctas({16, 128, 1024, 1 << 20}, 132, 2) == 256);  // four tiles to each
 static_assert(decode_num_ctas({16, 128, 320, 1 << 20}, 132, 2) == 264);   // two to each: 160
-static_assert(decode_num_ctas({16, 64, 128, 1 << 20}, 132, 2) == 256);
+static_assert(decode_num_ctas({16, 64, 128, 2048}, 132, 2) == 256);
 static_assert(decode_num_ctas({64, 128, 128, 1 << 20}, 132, 2) == 256 &&
               decode_num_ctas({64, 128, 8, 512}, 132, 2) == 128);
 static_assert(split_work(128 * 128, 256, 0, 128, true).per_part == 64);

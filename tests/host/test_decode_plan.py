@@ -132,9 +132,10 @@ def test_decode_of_16_rows(
     ("device", "fields", "num_ctas"),
     [
         ("h200", {"batch_size": 1}, 16 * 8),  # one to an SM, as many for each tile
-        ("h200", {"batch_size": 16}, 128),  # one for each tile
-        ("h200", {"batch_size": 16, "varlen": True, "total_q": 16}, 128),
-        ("h200", {"batch_size": 12}, 2 * 96),  # one to an SM would leave 36 SMs out
+        ("h200", {"batch_size": 16, "seqlen_k": 1024}, 128),  # one for each tile
+        ("h200", {"batch_size": 16, "seqlen_k": 1024, "varlen": True, "total_q": 16}, 128),
+        ("h200", {"batch_size": 16}, 256),  # much to read: two
+        ("h200", {"batch_size": 12, "seqlen_k": 1024}, 2 * 96),  # one would leave 36 SMs out
         ("h200", {"batch_size": 24, "seqlen_k": 1024}, 192),
         ("h200", {"batch_size": 128, "seqlen_k": 4096}, 256),  # four tiles for each
         ("h200", {"batch_size": 40, "seqlen_k": 4096}, 264),  # cut: two for each were 160 CTAs
