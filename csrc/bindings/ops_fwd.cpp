@@ -262,7 +262,6 @@ std::tuple<Tensor, Tensor> prefill(const DecodeArgs& a, const AppendedKeys& appe
   return {out, lse};
 }
 
-namespace {}  // namespace
 }  // namespace fa
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_ext, CUDA, m) {

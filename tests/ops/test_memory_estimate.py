@@ -19,11 +19,13 @@ MIB = 1 << 20
 
 
 def test_attention_by_hand() -> None:
-    """2 sequences of 4096: 16 MiB of q, 4 of k and of v, fp32 dq of 32 MiB, lse of 256 KiB."""
+    """2 sequences of 4096: 16 MiB of q, 4 of k and of v, lse of 256 KiB; in fp32 dq of 32 MiB, dk and
+    dv of 8, as CTAs share the query heads of so few key/value heads.
+    """
     require(NEEDS_INTROSPECT)
     found = estimate_memory(GQA, 2, 4096, arch="h100")
     assert found.parts == {
-        "workspace of the backward": 32 * MIB,
+        "workspace of the backward": (32 + 2 * 8) * MIB,
         "q, k, v": 24 * MIB,
         "dq, dk, dv": 24 * MIB,
         "out": 16 * MIB,
@@ -35,7 +37,7 @@ def test_attention_by_hand() -> None:
     assert found.kept_bytes == (24 + 16 + 16) * MIB + MIB // 4
     forward = estimate_memory(GQA, 2, 4096, backward=False, arch="h100")
     assert forward.peak_bytes == (24 + 16) * MIB + MIB // 4
-    assert "     112.5 MiB  at the peak" in str(found)
+    assert "     128.5 MiB  at the peak" in str(found)
 
 
 def test_layer_by_hand() -> None:
@@ -47,7 +49,7 @@ def test_layer_by_hand() -> None:
     assert found.parts["hidden states"] == (3 + 1) * 16 * MIB
     assert found.parts["gradients of hidden states"] == 16 * MIB
     assert found.parts["out"] == 3 * 16 * MIB  # kept by each layer
-    assert found.parts["workspace of the backward"] == 32 * MIB  # of one layer at a time
+    assert found.parts["workspace of the backward"] == (32 + 16) * MIB  # of one layer at a time
     assert found.parts["rotary tables"] == 3 * 2 * 4096 * 32 * 2
     assert found.parts["gradients of parameters"] == 1024 * 1024 * 2  # of o_proj, so far
     forward = estimate_memory(shape, 2, 4096, backward=False, arch="h100")
