@@ -425,7 +425,7 @@ struct DecodeCta {
     return launch.counter_row != kNoTileCounter
                ? decode_counters[launch.counter_row]
                : reinterpret_cast<int*>(p.partial) +
-                     decode_partial_words(gridDim.x, kTileM, kHeadDim);
+                     decode_partial_words(p.num_ctas, kTileM, kHeadDim);
   }
 
   // Merges the results of the warps; they go to out, or wait for those of the other CTAs.
@@ -526,9 +526,10 @@ template <class T, int kHeadDim, int kTileM, bool kMayAppend>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     decode_kernel(const __grid_constant__ DecodeLaunch launch,
                   const __grid_constant__ DecodeParams p) {
-  decode_tiles<T, kHeadDim, kTileM, kMayAppend>(p, launch);
+  if (!kMayAppend || static_cast<int>(blockIdx.x) < p.num_ctas)
+    decode_tiles<T, kHeadDim, kTileM, kMayAppend>(p, launch);
   if constexpr (kMayAppend) {
-    // Nobody reads what is written here, so it needs no order. The last CTAs have the least to do.
+    // Nobody reads what is written here, so it needs no order. CTAs behind num_ctas begin with it.
     for (int tile = gridDim.x - 1 - blockIdx.x; tile < launch.append_tiles.num_tiles;
          tile += gridDim.x)
       append_kv_tile<T, kVecSize<T>, kHeadsPerThread, kDecodeThreads>(p.append, launch.append_tiles,
@@ -542,7 +543,8 @@ int launch_decode_kernel(const DecodeParams& p, const DecodeLaunch& launch, cuda
   constexpr auto kKernel = decode_kernel<T, kHeadDim, kTileM, kMayAppend>;
   const cudaError_t error = allow_dynamic_smem<kKernel>(kSmemBytes);
   if (error != cudaSuccess || p.num_ctas == 0) return error;
-  kKernel<<<p.num_ctas, kDecodeThreads, kSmemBytes, stream>>>(launch, p);
+  const int appending = min(launch.append_tiles.num_tiles, p.num_ctas);
+  kKernel<<<p.num_ctas + appending, kDecodeThreads, kSmemBytes, stream>>>(launch, p);
   return cudaGetLastError();
 }
 

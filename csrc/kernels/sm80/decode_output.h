@@ -70,7 +70,7 @@ struct DecodeOutput {
   // The result of CTA `cta` for a tile: the one that it has the begin of, or another. Those of a
   // tile follow each other but for the first.
   FA_DEVICE float* partial(int cta, bool is_first) const {
-    const int64_t at = cta + (is_first ? gridDim.x : 0);
+    const int64_t at = cta + (is_first ? p.num_ctas : 0);
     return p.partial + at * (kTileM * kResultWords);
   }
   FA_DEVICE float* own_partial(const DecodeItem& item) const {
@@ -78,7 +78,7 @@ struct DecodeOutput {
   }
 
   // Counts the partial result of this CTA, which is written; one thread. True: all of the tile are
-  // there, visible to this thread and those that it meets after this. counters: [gridDim.x].
+  // there, visible to this thread and those that it meets after this. counters: [num_ctas].
   FA_DEVICE bool count_part(const DecodeItem& item, int* counters) const {
     int* counter = counters + item.first_cta;
     const int num_parts = item.last_cta - item.first_cta + 1;

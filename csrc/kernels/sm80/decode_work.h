@@ -243,7 +243,7 @@ FA_DEVICE bool find_share(const DecodeParams& p, const DecodeLaunch& launch,
   }
   if (total == 0) return false;
   // Uncut, a position is a whole tile.
-  const int num_ctas = gridDim.x;
+  const int num_ctas = p.num_ctas;
   const int rows = p.seqlens_q.max_seqlen * launch.by_group.divisor();
   const bool evenly = p.num_splits == 1 || splits_evenly(total, num_ctas, Shape::kTileM, rows);
   const WorkSplit split = split_work(total, num_ctas, p.num_splits, longest, evenly);
