@@ -19,8 +19,8 @@ MIB = 1 << 20
 
 
 def test_attention_by_hand() -> None:
-    """2 sequences of 4096: 16 MiB of q, 4 of k and of v, lse of 256 KiB; in fp32 dq of 32 MiB, dk and
-    dv of 8, as CTAs share the query heads of so few key/value heads.
+    """2 sequences of 4096: 16 MiB of q, 4 of k and of v, lse of 256 KiB; in fp32 dq of 32 MiB, dk
+    and dv of 8, as CTAs share the query heads of so few key/value heads.
     """
     require(NEEDS_INTROSPECT)
     found = estimate_memory(GQA, 2, 4096, arch="h100")
