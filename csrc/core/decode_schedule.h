@@ -32,17 +32,18 @@ FA_HD constexpr int64_t decode_ctas_at_most(int64_t tiles, int64_t most) {
 // The same on a device of num_sms SMs that hold per_sm of them each. One to an SM merges less and
 // starts sooner: for few blocks, and, with 16 rows, for few tiles, which are those of one sequence.
 // Else two, as nothing is copied while a CTA merges and stores; also where units of the ring are
-// small or few (64, 256).
+// small or few (64, 256). Numbers: docs/performance/decode.md, "How many CTAs".
 struct DecodeTileCount {
   int tile_m, head_dim;   // built_head_dim()
   int64_t tiles, blocks;  // blocks of keys of all tiles, at most
 };
 FA_HD constexpr int64_t decode_num_ctas(DecodeTileCount of, int num_sms, int per_sm) {
   const bool few_rows = of.tile_m == kDecodeFewRows;
-  const int64_t most = int64_t{per_sm} * num_sms, few_blocks = (few_rows ? 16 : 4) * most;
-  const bool takes_one = few_rows ? 64 < of.head_dim && of.head_dim < 256 &&
-                                        (of.blocks < few_blocks || 8 * of.tiles <= num_sms)
-                                  : of.blocks < few_blocks;
+  const int64_t most = int64_t{per_sm} * num_sms;
+  const bool few_blocks = of.blocks < (few_rows ? 16 : 4) * most;  // to each of the two
+  const bool few_tiles = 8 * of.tiles <= num_sms;                  // each is cut for 8 CTAs or more
+  const bool takes_one =
+      few_rows ? 64 < of.head_dim && of.head_dim < 256 && (few_blocks || few_tiles) : few_blocks;
   if (takes_one && of.tiles <= num_sms) {
     const int64_t one = decode_ctas_at_most(of.tiles, num_sms);
     if (10 * one >= 9 * num_sms) return one;

@@ -184,8 +184,10 @@ int sm90_bwd_ctas_of_tile(const Problem& p) {
 
 // CTAs that share the query heads of a KV head on SM90: where tiles of keys leave SMs idle, and
 // under a mask where the heads that run at a time are more than L2 holds. dK and dV are then added
-// up in fp32, which costs 2 to 9 %. On an H100 16/1 heads, 2 x 4,096 causal, 177 to 519 TFLOP/s.
+// up in fp32, which costs 2 to 9 %. On an H100 16/1 heads, 2 x 4,096 causal, 177 to 519 TFLOP/s;
+// docs/performance/sm90_backward.md, "Shared query heads".
 int sm90_bwd_head_splits(const Problem& p, int64_t tiles, const DeviceFacts& device) {
+  // Of all heads: fewer are done in the time of zeroing and rounding sums. Not measured.
   constexpr int kManyQueries = 1024;
   constexpr int kRowBytes = 6144;  // of Q, dO and dQ, a query: 4 heads of 128 are well, 8 are not
   const int group = p.num_heads_q / max(p.num_heads_kv, 1);

@@ -88,8 +88,8 @@ int smem_bytes_of(const Problem& p, const Tile& tile) {
                          : decode_smem_bytes(built, tile.m);
 }
 
-// CTAs of a launch; those that an SM cannot hold beside each other would only count the lengths
-// again.
+// CTAs that share out the keys; those that an SM cannot hold beside each other would only count the
+// lengths again.
 int64_t num_ctas_of(const Problem& p, const Tile& tile, const DeviceFacts& device) {
   const int smem_bytes = smem_bytes_of(p, tile);
   const int per_sm = clamp(device.max_smem_bytes / smem_bytes, 1, kDecodeCtasPerSm);
