@@ -398,8 +398,16 @@ static_assert(bwd_registers_fit(sm90_bwd_registers(96)) &&
 // Decode: a CTA of four warps streams blocks of kDecodeTileN keys through a ring of units, a unit
 // being the keys or the values of a block. Rows are query heads of one KV head and their queries.
 constexpr int kDecodeTileN = 64;
-constexpr int kDecodeThreads = 128;
-constexpr int kDecodeFewRows = 16;   // every warp has all rows and a quarter of the keys of a block
+// Of few rows in a wide CTA, one to an SM, where it is built: eight warps.
+constexpr int kDecodeWideTileN = 128;
+FA_HD constexpr bool sm90_has_wide_decode(int built_head_dim) {
+  return built_head_dim == 128;
+}
+// 16 keys of a block are copied by one warp.
+FA_HD constexpr int decode_num_threads(int tile_n) {
+  return tile_n / 16 * 32;
+}
+constexpr int kDecodeFewRows = 16;   // every warp has all rows and 16 keys of a block
 constexpr int kDecodeManyRows = 64;  // every warp has 16 rows and all keys
 constexpr int kDecodeCtasPerSm = 2;  // at a time; their registers leave room for no third
 constexpr int kDecodeMaxCtas = 384;  // of one launch: those of 192 SMs
@@ -458,13 +466,13 @@ FA_HD constexpr int decode_num_units(int head_dim) {
 FA_HD constexpr int decode_result_words(int head_dim) {
   return built_head_dim(head_dim) + 8;
 }
-FA_HD constexpr int decode_ring_bytes(int head_dim) {
-  return decode_num_units(head_dim) * kDecodeTileN * 2 * built_head_dim(head_dim);
+FA_HD constexpr int decode_ring_bytes(int head_dim, int tile_n) {
+  return decode_num_units(head_dim) * tile_n * 2 * built_head_dim(head_dim);
 }
-// Dynamic shared memory of a CTA.
-FA_HD constexpr int decode_smem_bytes(int head_dim, int tile_m) {
-  const int results = kDecodeManyRows * decode_result_words(head_dim) * 4;
-  const int ring = decode_ring_bytes(head_dim);
+// Dynamic shared memory of a CTA. Results: a row for each row of each warp, which has 16 of them.
+FA_HD constexpr int decode_smem_bytes(int head_dim, int tile_m, int tile_n) {
+  const int results = tile_n * decode_result_words(head_dim) * 4;
+  const int ring = decode_ring_bytes(head_dim, tile_n);
   return decode_runs_ahead(head_dim) ? ring + results
                                      : max(results, ring + tile_m * 2 * built_head_dim(head_dim));
 }

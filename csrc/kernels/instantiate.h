@@ -19,6 +19,8 @@ template <class T, int kHeadDim>
 int launch_decode(const DecodeParams& params, cudaStream_t stream);
 
 template <class T, int kHeadDim>
+int launch_decode_wide(const DecodeParams& params, cudaStream_t stream);
+template <class T, int kHeadDim>
 int launch_decode_wgmma(const DecodeParams& params, cudaStream_t stream);
 
 // One definition each a library, in the instance file of the family.

@@ -52,10 +52,20 @@ bool few_rows_take_wgmma(const Problem& p, const DeviceFacts& device) {
   return built_size(p) == 128 && (are_cut || are_long);
 }
 
+// Whether a tile of few rows has a wide CTA: where tiles are at most as many as SMs, so that an SM
+// has one CTA or little more. Numbers: docs/performance/decode.md, "Wide CTAs".
+bool few_rows_take_wide(Arch arch, const Problem& p, const DeviceFacts& device) {
+  const int built = built_size(p);
+  return arch == Arch::kSm90 && sm90_has_wide_decode(built) &&
+         p.batch_size * p.num_heads_kv <= device.num_sms &&
+         decode_smem_bytes(built, kDecodeFewRows, kDecodeWideTileN) <= device.max_smem_bytes;
+}
+
 // One split means one order of additions whatever the call, so one tile too.
 Tile tile_of(Arch arch, const Problem& p, const DeviceFacts& device) {
   const bool few = p.num_splits != 1 && rows_of_kv_head(p) <= kDecodeFewRows;
-  const Tile mma{few ? kDecodeFewRows : kDecodeManyRows, kDecodeTileN};
+  const bool wide = few && few_rows_take_wide(arch, p, device);
+  const Tile mma{few ? kDecodeFewRows : kDecodeManyRows, wide ? kDecodeWideTileN : kDecodeTileN};
   if (arch != Arch::kSm90 || p.num_splits == 1 || (few && !few_rows_take_wgmma(p, device)))
     return mma;
   const bool few_tiles =
@@ -85,7 +95,7 @@ int64_t num_positions(const Problem& p, const Tile& tile) {
 int smem_bytes_of(const Problem& p, const Tile& tile) {
   const int built = built_size(p);
   return tile.is_wgmma() ? sm90_fwd_smem_bytes(tile.wgmma, {built, built})
-                         : decode_smem_bytes(built, tile.m);
+                         : decode_smem_bytes(built, tile.m, tile.n);
 }
 
 // CTAs that share out the keys; those that an SM cannot hold beside each other would only count the
@@ -132,7 +142,8 @@ Plan decode_plan(Arch arch, const Problem& p, const DeviceFacts& device) {
   plan.tile_m = tile.m;
   plan.tile_n = tile.n;
   plan.num_stages = tile.is_wgmma() ? tile.wgmma.num_stages : decode_num_units(built_size(p));
-  plan.num_threads = tile.is_wgmma() ? fwd_num_threads(Arch::kSm90, tile.wgmma) : kDecodeThreads;
+  plan.num_threads =
+      tile.is_wgmma() ? fwd_num_threads(Arch::kSm90, tile.wgmma) : decode_num_threads(tile.n);
   plan.vectorized = true;
   plan.smem_bytes = smem_bytes_of(p, tile);
   plan.num_ctas = min<int64_t>(num_ctas_of(p, tile, device), kDecodeMaxCtas);

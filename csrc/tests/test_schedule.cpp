@@ -508,11 +508,14 @@ void test_decode_smem() {
   constexpr int kStatic = 1024, kSystem = 1024;
   for (int head_dim : {64, 96, 128, 192, 256})
     for (int tile_m : {kDecodeFewRows, kDecodeManyRows}) {
-      const int bytes = decode_smem_bytes(head_dim, tile_m);
+      const int bytes = decode_smem_bytes(head_dim, tile_m, kDecodeTileN);
       CHECK(bytes + kStatic <= kSmemBytes99, "head_dim=%d tile_m=%d", head_dim, tile_m);
       CHECK(kDecodeCtasPerSm * (bytes + kStatic + kSystem) <= 228 * 1024, "head_dim=%d", head_dim);
       CHECK(decode_num_units(head_dim) >= 2 && decode_result_words(head_dim) % 4 == 0,
             "head_dim=%d", head_dim);
+      if (tile_m == kDecodeFewRows && sm90_has_wide_decode(head_dim))
+        CHECK(decode_smem_bytes(head_dim, tile_m, kDecodeWideTileN) + kStatic <= kSmemBytes227,
+              "head_dim=%d", head_dim);
     }
 }
 

@@ -46,26 +46,26 @@ namespace fa {
 constexpr int kNumDecodeCounters = 1 << 13;
 static __device__ int decode_counters[kNumDecodeCounters][kDecodeMaxCtas];
 
-template <class T, int kHeadDim, int kTileM, bool kMayAppend>
+template <class T, int kHeadDim, int kTileM, int kTileN, bool kMayAppend>
 struct DecodeCta {
-  static constexpr int kWarps = kDecodeThreads / kWarpSize;
+  static constexpr int kThreads = decode_num_threads(kTileN), kWarps = kThreads / kWarpSize;
   static constexpr int kKeyParts = kTileM == kDecodeFewRows ? kWarps : 1;
-  static constexpr int kWarpKeys = kDecodeTileN / kKeyParts;
+  static constexpr int kWarpKeys = kTileN / kKeyParts;
   static constexpr int kN = kWarpKeys / 8, kD = kHeadDim / 8, kSteps = kHeadDim / 16;
   static constexpr int kUnits = decode_num_units(kHeadDim);
   static constexpr bool kRunsAhead = decode_runs_ahead(kHeadDim);
-  static constexpr int kRingBytes = decode_ring_bytes(kHeadDim);
-  static constexpr int kSmemBytes = decode_smem_bytes(kHeadDim, kTileM);
+  static constexpr int kRingBytes = decode_ring_bytes(kHeadDim, kTileN);
+  static constexpr int kSmemBytes = decode_smem_bytes(kHeadDim, kTileM, kTileN);
   static constexpr int kResultsBegin = kRunsAhead ? kRingBytes : 0;  // bytes
   static constexpr int kResultWords = decode_result_words(kHeadDim);
   static constexpr int kColumnGroups = kHeadDim / 4;  // of 4 columns, in a row of results
   static constexpr bool kQInRegs = kRunsAhead;
-  using Shape = DecodeShape<kTileM, kDecodeTileN, kDecodeThreads, kMayAppend>;
+  using Shape = DecodeShape<kTileM, kTileN, kThreads, kMayAppend>;
   using Output = DecodeOutput<T, kHeadDim, kTileM, kWarps>;
-  using Unit = SmemTile<kDecodeTileN, kHeadDim>;
+  using Unit = SmemTile<kTileN, kHeadDim>;
   using TileQ = SmemTile<kTileM, kHeadDim>;
   // A lane copies kChunks chunks of kRows keys of its warp's 16.
-  static constexpr int kCopyKeys = kDecodeTileN / kWarps;
+  static constexpr int kCopyKeys = kTileN / kWarps;
   static constexpr int kLanes = Unit::kRowBytes % 128 == 0 ? 8 : 4;
   static constexpr int kRowsPerPass = kWarpSize / kLanes;
   static constexpr int kRows = kCopyKeys / kRowsPerPass;
@@ -73,7 +73,7 @@ struct DecodeCta {
 
   const DecodeParams& p;
   const DecodeLaunch& launch;
-  DecodeShared<kDecodeThreads>& shared;
+  DecodeShared<kThreads>& shared;
   char* smem_begin;
   uint32_t smem;
   int warp, lane;
@@ -112,7 +112,7 @@ struct DecodeCta {
   // Where the keys of load_block are; without pages, all are in one.
   FA_DEVICE void find_page() {
     const DecodeItem& from = shared.items[load_index % 3];
-    const int key = load_block * kDecodeTileN + warp * kCopyKeys + lane % kCopyKeys;
+    const int key = load_block * kTileN + warp * kCopyKeys + lane % kCopyKeys;
     const int last_key = min(key, from.entry.k_seq.seqlen - 1);
     if (kMayAppend && last_key >= from.appended_at) {
       page = -1;
@@ -178,7 +178,7 @@ struct DecodeCta {
     // The addresses shall not be kept in registers through the loop.
     const int thread = ptx::opaque(lane);
     const int row = thread / kLanes, chunk = thread % kLanes;
-    const int keys_left = load_seqlen - (load_block * kDecodeTileN + warp * kCopyKeys + row);
+    const int keys_left = load_seqlen - (load_block * kTileN + warp * kCopyKeys + row);
     const int num_chunks = (load_values ? p.head_dim_v : p.head_dim) / 8 - chunk;
     const T* own_key = key_of_lane();
     FA_UNROLL
@@ -221,7 +221,7 @@ struct DecodeCta {
   }
   // New keys come as they were given: this warp turns those that it has copied of a block.
   FA_DEVICE void rotate_new_keys(int block) const {
-    const int first_key = block * kDecodeTileN + warp * kCopyKeys;
+    const int first_key = block * kTileN + warp * kCopyKeys;
     const int begin = max(0, item().appended_at - first_key);
     const int end = min(kCopyKeys, item().entry.k_seq.seqlen - first_key);
     if (begin >= end) return;
@@ -249,7 +249,7 @@ struct DecodeCta {
   FA_DEVICE void copy_q() const {
     const DecodeEntry& entry = item().entry;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < num_rows() * TileQ::kChunksPerRow; i += kDecodeThreads) {
+    for (int i = threadIdx.x; i < num_rows() * TileQ::kChunksPerRow; i += kThreads) {
       const int row = i / TileQ::kChunksPerRow, chunk = i % TileQ::kChunksPerRow;
       const auto [token, head] = divide(first_row() + row, launch.by_group);
       const bool exists = chunk * 8 < p.head_dim;
@@ -277,7 +277,7 @@ struct DecodeCta {
 
   // Raw scores become masked ones in log2 units.
   FA_DEVICE void modify_scores(AccumTile<1, kN>& acc_s, int block) const {
-    const int first_col = block * kDecodeTileN + (kKeyParts == 1 ? 0 : warp * kWarpKeys);
+    const int first_col = block * kTileN + (kKeyParts == 1 ? 0 : warp * kWarpKeys);
     FA_UNROLL
     for (auto& column : acc_s.x[0]) {
       FA_UNROLL
@@ -328,7 +328,7 @@ struct DecodeCta {
     }
     __syncthreads();  // Q is complete
     if (rotates()) {
-      rotate_rows(smem_q(), 0, num_rows(), threadIdx.x, kDecodeThreads, [&](int row) {
+      rotate_rows(smem_q(), 0, num_rows(), threadIdx.x, kThreads, [&](int row) {
         const int token = launch.by_group.divide(first_row() + row);
         return rotary_position(item().rotary_base, token, p.same_position);
       });
@@ -417,7 +417,7 @@ struct DecodeCta {
   template <class Visit>
   static FA_DEVICE void for_each_group(int begin, int end, Visit visit) {
 #pragma unroll 1
-    for (int i = begin * kColumnGroups + threadIdx.x; i < end * kColumnGroups; i += kDecodeThreads)
+    for (int i = begin * kColumnGroups + threadIdx.x; i < end * kColumnGroups; i += kThreads)
       visit(i / kColumnGroups, i % kColumnGroups * 4);
   }
 
@@ -490,14 +490,14 @@ FA_DEVICE uint32_t read_parameters(const Params& params) {
   return all;
 }
 
-template <class T, int kHeadDim, int kTileM, bool kMayAppend>
+template <class T, int kHeadDim, int kTileM, int kTileN, bool kMayAppend>
 FA_DEVICE void decode_tiles(const DecodeParams& p, const DecodeLaunch& launch) {
-  using Cta = DecodeCta<T, kHeadDim, kTileM, kMayAppend>;
+  using Cta = DecodeCta<T, kHeadDim, kTileM, kTileN, kMayAppend>;
   extern __shared__ __align__(128) char smem[];
-  __shared__ DecodeShared<kDecodeThreads> shared;
+  __shared__ DecodeShared<Cta::kThreads> shared;
   // By a warp that seldom has a sequence to count; stored, where keys come later, so that it is
   // read.
-  if (threadIdx.x == kDecodeThreads - 1)
+  if (threadIdx.x == Cta::kThreads - 1)
     *reinterpret_cast<uint32_t*>(smem) = read_parameters(launch) ^ read_parameters(p);
   if (!find_share<typename Cta::Shape>(p, launch, shared)) return;
 
@@ -511,7 +511,7 @@ FA_DEVICE void decode_tiles(const DecodeParams& p, const DecodeLaunch& launch) {
     // The next item has to be there before the ring runs ahead into it; its place is that of the
     // item before the last, which everybody is done with.
     cta.run(acc_o, softmax, [&] {
-      if (threadIdx.x == kDecodeThreads - 1) {
+      if (threadIdx.x == Cta::kThreads - 1) {
         find_sharers(shared.cursor.split, shared.items[cta.index % 3]);
         next_item<typename Cta::Shape>(p, launch, shared.cursor, shared.items[(cta.index + 1) % 3]);
       }
@@ -522,51 +522,71 @@ FA_DEVICE void decode_tiles(const DecodeParams& p, const DecodeLaunch& launch) {
   }
 }
 
-template <class T, int kHeadDim, int kTileM, bool kMayAppend>
-__global__ void __launch_bounds__(kDecodeThreads, 2)
+template <class T, int kHeadDim, int kTileM, int kTileN, bool kMayAppend>
+__global__ void __launch_bounds__(decode_num_threads(kTileN), kTileN == kDecodeTileN ? 2 : 1)
     decode_kernel(const __grid_constant__ DecodeLaunch launch,
                   const __grid_constant__ DecodeParams p) {
   if (!kMayAppend || static_cast<int>(blockIdx.x) < p.num_ctas)
-    decode_tiles<T, kHeadDim, kTileM, kMayAppend>(p, launch);
+    decode_tiles<T, kHeadDim, kTileM, kTileN, kMayAppend>(p, launch);
   if constexpr (kMayAppend) {
     // Nobody reads what is written here, so it needs no order. CTAs behind num_ctas begin with it.
     for (int tile = gridDim.x - 1 - blockIdx.x; tile < launch.append_tiles.num_tiles;
          tile += gridDim.x)
-      append_kv_tile<T, kVecSize<T>, kHeadsPerThread, kDecodeThreads>(p.append, launch.append_tiles,
-                                                                      tile);
+      append_kv_tile<T, kVecSize<T>, kHeadsPerThread, decode_num_threads(kTileN)>(
+          p.append, launch.append_tiles, tile);
   }
 }
 
-template <class T, int kHeadDim, int kTileM, bool kMayAppend>
+template <class T, int kHeadDim, int kTileM, int kTileN, bool kMayAppend>
 int launch_decode_kernel(const DecodeParams& p, const DecodeLaunch& launch, cudaStream_t stream) {
-  constexpr int kSmemBytes = decode_smem_bytes(kHeadDim, kTileM);
-  constexpr auto kKernel = decode_kernel<T, kHeadDim, kTileM, kMayAppend>;
+  constexpr int kSmemBytes = decode_smem_bytes(kHeadDim, kTileM, kTileN);
+  constexpr auto kKernel = decode_kernel<T, kHeadDim, kTileM, kTileN, kMayAppend>;
   const cudaError_t error = allow_dynamic_smem<kKernel>(kSmemBytes);
   if (error != cudaSuccess || p.num_ctas == 0) return error;
   const int appending = min(launch.append_tiles.num_tiles, p.num_ctas);
-  kKernel<<<p.num_ctas + appending, kDecodeThreads, kSmemBytes, stream>>>(launch, p);
+  kKernel<<<p.num_ctas + appending, decode_num_threads(kTileN), kSmemBytes, stream>>>(launch, p);
   return cudaGetLastError();
+}
+
+// Also sees to the counters of the parts of tiles.
+template <class T, int kHeadDim>
+cudaError_t prepare_launch(const DecodeParams& p, cudaStream_t stream, DecodeLaunch& launch) {
+  launch = decode_launch(p);
+  if (p.append.k != nullptr)
+    launch.append_tiles = append_kv_tiles<kVecSize<T>>(p.append, decode_num_threads(p.tile_n));
+  if (p.num_splits == 1) return cudaSuccess;
+  const cudaError_t error = tile_counter(stream, launch.counter_row);
+  if (launch.counter_row >= kNumDecodeCounters) launch.counter_row = kNoTileCounter;
+  if (error != cudaSuccess || launch.counter_row != kNoTileCounter) return error;
+  return cudaMemsetAsync(p.partial + decode_partial_words(p.num_ctas, p.tile_m, kHeadDim), 0,
+                         p.num_ctas * sizeof(int), stream);
+}
+
+// Few rows are short calls, where every instruction counts: a kernel of their own without append.
+template <class T, int kHeadDim, int kTileN>
+int launch_few_rows(const DecodeParams& p, const DecodeLaunch& launch, cudaStream_t stream) {
+  return p.append.k != nullptr
+             ? launch_decode_kernel<T, kHeadDim, kDecodeFewRows, kTileN, true>(p, launch, stream)
+             : launch_decode_kernel<T, kHeadDim, kDecodeFewRows, kTileN, false>(p, launch, stream);
 }
 
 template <class T, int kHeadDim>
 int launch_decode(const DecodeParams& p, cudaStream_t stream) {
-  DecodeLaunch launch = decode_launch(p);
-  if (p.num_splits != 1) {
-    cudaError_t error = tile_counter(stream, launch.counter_row);
-    if (launch.counter_row >= kNumDecodeCounters) launch.counter_row = kNoTileCounter;
-    if (error == cudaSuccess && launch.counter_row == kNoTileCounter)
-      error = cudaMemsetAsync(p.partial + decode_partial_words(p.num_ctas, p.tile_m, kHeadDim), 0,
-                              p.num_ctas * sizeof(int), stream);
-    if (error != cudaSuccess) return error;
-  }
-  const bool appends = p.append.k != nullptr;
-  launch.append_tiles =
-      appends ? append_kv_tiles<kVecSize<T>>(p.append, kDecodeThreads) : AppendKvTiles{};
-  // Few rows are short calls, where every instruction counts: a kernel of their own without append.
-  if (p.tile_m != kDecodeFewRows)
-    return launch_decode_kernel<T, kHeadDim, kDecodeManyRows, true>(p, launch, stream);
-  return appends ? launch_decode_kernel<T, kHeadDim, kDecodeFewRows, true>(p, launch, stream)
-                 : launch_decode_kernel<T, kHeadDim, kDecodeFewRows, false>(p, launch, stream);
+  DecodeLaunch launch;
+  const cudaError_t error = prepare_launch<T, kHeadDim>(p, stream, launch);
+  if (error != cudaSuccess) return error;
+  if (p.tile_m == kDecodeFewRows)
+    return launch_few_rows<T, kHeadDim, kDecodeTileN>(p, launch, stream);
+  return launch_decode_kernel<T, kHeadDim, kDecodeManyRows, kDecodeTileN, true>(p, launch, stream);
+}
+
+// p.tile_n is kDecodeWideTileN, and p.tile_m kDecodeFewRows.
+template <class T, int kHeadDim>
+int launch_decode_wide(const DecodeParams& p, cudaStream_t stream) {
+  DecodeLaunch launch;
+  const cudaError_t error = prepare_launch<T, kHeadDim>(p, stream, launch);
+  if (error != cudaSuccess) return error;
+  return launch_few_rows<T, kHeadDim, kDecodeWideTileN>(p, launch, stream);
 }
 
 }  // namespace fa

@@ -21,7 +21,7 @@ struct DecodeLaunch {
   float scale, softcap_scale;  // scores become scale x, or softcap_scale tanh(scale x): log2 units
   int counter_row;             // of decode_counters; kNoTileCounter: counters are in the workspace
   int tile_start;              // positions of a tile beside its blocks
-  AppendKvTiles append_tiles;  // of kDecodeThreads
+  AppendKvTiles append_tiles;  // for the threads of one CTA
 };
 
 // Rows and keys of a tile, threads of a CTA, and whether new keys may be where the caller has them.
