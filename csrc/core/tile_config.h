@@ -395,15 +395,14 @@ static_assert(bwd_registers_fit(sm90_bwd_registers(96)) &&
               bwd_registers_fit(sm90_bwd_registers(128)) &&
               bwd_registers_fit(sm90_bwd_registers(256)));
 
-// Decode: a CTA of four warps streams blocks of kDecodeTileN keys through a ring of units, a unit
-// being the keys or the values of a block. Rows are query heads of one KV head and their queries.
-constexpr int kDecodeTileN = 64;
-// Of few rows in a wide CTA, one to an SM, where it is built: eight warps.
-constexpr int kDecodeWideTileN = 128;
+// Decode: a CTA streams blocks of keys through a ring of units, a unit being the keys or the values
+// of a block. Rows are query heads of one KV head and their queries.
+constexpr int kDecodeTileN = 64;       // keys of a block
+constexpr int kDecodeWideTileN = 128;  // of few rows in a wide CTA, one to an SM
 FA_HD constexpr bool sm90_has_wide_decode(int built_head_dim) {
   return built_head_dim == 128;
 }
-// 16 keys of a block are copied by one warp.
+// A warp for 16 keys of a block.
 FA_HD constexpr int decode_num_threads(int tile_n) {
   return tile_n / 16 * 32;
 }
@@ -451,6 +450,7 @@ FA_HD constexpr bool decode_runs_ahead(int head_dim) {
   return built_head_dim(head_dim) <= 128;
 }
 // Units in the ring. 98 KB of shared memory in all: two CTAs on an SM of 228 KB, one on one of 100.
+// A wide CTA has twice as much.
 FA_HD constexpr int decode_num_units(int head_dim) {
   switch (built_head_dim(head_dim)) {
     case 64: return 10;

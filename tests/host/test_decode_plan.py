@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from plan_problems import ALL, BUILT, DEVICES, problem, reasons
 
+FEW, WIDE, MANY, WGMMA, WGMMA_FEW_TILES = (16, 64), (16, 128), (64, 64), (128, 128), (128, 64)
+
 
 @pytest.mark.parametrize("device", [*DEVICES])
 def test_decode_on_each_device(introspect: ModuleType, device: str) -> None:
-    """Two CTAs to an SM at most, if both fit, share out the blocks of 64 keys."""
+    """Two CTAs to an SM at most, if both fit, share out the blocks of 64 keys; or a wide one."""
     major, _, num_sms, smem_kb = DEVICES[device]
     own = "sm90" if major == 9 else "sm80"
     for head_dim, dtype in itertools.product(BUILT, ("fp16", "bf16")):
@@ -21,7 +23,8 @@ def test_decode_on_each_device(introspect: ModuleType, device: str) -> None:
             problem("decode", dtype=dtype, **sizes, seqlen_q=4), device, ALL
         )
         assert plan["kernel"] == f"{own}_decode_hdim{head_dim}_{dtype}"
-        assert plan["tile"] == (16, 64)
+        assert plan["tile"] == (WIDE if own == "sm90" and head_dim == 128 else FEW)
+        assert plan["num_threads"] == plan["tile"][1] * 2
         # 2 sequences with 4 KV heads are 8 tiles, each for as many CTAs.
         two = smem_kb * 1024 >= 2 * plan["smem_bytes"] and head_dim in (64, 256)
         assert plan["num_ctas"] == min((1 + two) * num_sms // 8 * 8, 384)
@@ -30,23 +33,20 @@ def test_decode_on_each_device(introspect: ModuleType, device: str) -> None:
         assert plan["workspace_bytes"] == 4 * words
 
 
-FEW, MANY, WGMMA, WGMMA_FEW_TILES = (16, 64), (64, 64), (128, 128), (128, 64)
-
-
 @pytest.mark.parametrize(
     ("fields", "tile", "num_ctas"),
     [
-        ({"seqlen_q": 1, "num_heads_kv": 1, "num_heads_q": 16}, FEW, 2 * 2),
+        ({"seqlen_q": 1, "num_heads_kv": 1, "num_heads_q": 16}, WIDE, 2),
         ({"seqlen_q": 1, "num_heads_kv": 1, "num_heads_q": 17}, WGMMA_FEW_TILES, 2 * 2),
-        ({"seqlen_q": 16}, FEW, 2 * 4 * 2),
+        ({"seqlen_q": 16}, WIDE, 2 * 4),
         ({"seqlen_q": 17}, WGMMA_FEW_TILES, 2 * 4 * 2),
         ({"seqlen_q": 129}, WGMMA, 2 * 4 * 2),
         ({"seqlen_q": 17, "batch_size": 17}, WGMMA, 17 * 4),
         ({"seqlen_q": 65, "softcap": True}, MANY, 2 * 4 * 2 * 2),
         ({"seqlen_q": 1, "num_splits": 1}, MANY, 2 * 4),  # no tile is split
-        ({"seqlen_q": 1, "num_splits": 3}, FEW, 2 * 4 * 2),
-        ({"seqlen_q": 1, "seqlen_k": 0}, FEW, 2 * 4),
-        ({"seqlen_q": 1, "varlen": True, "total_q": 2}, FEW, 3 * 4 * 2),
+        ({"seqlen_q": 1, "num_splits": 3}, WIDE, 2 * 4),
+        ({"seqlen_q": 1, "seqlen_k": 0}, WIDE, 2 * 4),
+        ({"seqlen_q": 1, "varlen": True, "total_q": 2}, WIDE, 3 * 4),
         ({"batch_size": 0}, WGMMA_FEW_TILES, 0),
     ],
 )
@@ -99,10 +99,11 @@ def test_decode_of_many_rows(
     ("fields", "tile"),
     [
         ({}, WGMMA_FEW_TILES),
-        ({"num_heads_q": 4 * 8}, FEW),
-        ({"seqlen_k": 1024}, FEW),
-        ({"batch_size": 9}, FEW),
-        ({"batch_size": 30}, FEW),
+        ({"num_heads_q": 4 * 8}, WIDE),
+        ({"seqlen_k": 1024}, WIDE),
+        ({"batch_size": 9}, WIDE),
+        ({"batch_size": 30}, WIDE),
+        ({"batch_size": 33}, WIDE),
         ({"batch_size": 34}, WGMMA),
         ({"batch_size": 34, "seqlen_k": 4096}, FEW),
         ({"batch_size": 34, "num_heads_q": 4}, WGMMA),
@@ -112,7 +113,7 @@ def test_decode_of_many_rows(
         ({"batch_size": 128, "seqlen_k": 65536, "page_size": 64}, FEW),
         ({"batch_size": 128, "seqlen_k": 65536, "page_size": 256}, WGMMA),
         ({"appends": True}, WGMMA_FEW_TILES),
-        ({"alibi": True}, FEW),
+        ({"alibi": True}, WIDE),
         ({"head_dim": 256, "head_dim_v": 256}, FEW),
     ],
 )
@@ -120,12 +121,15 @@ def test_decode_of_16_rows(
     introspect: ModuleType, fields: dict[str, Any], tile: tuple[int, int]
 ) -> None:
     """Few tiles of a long cache are cut so often that sharing the merge pays; where tiles of a
-    longer one are more than SMs, wgmma's kernel streams better.
+    longer one are more than SMs, wgmma's kernel streams better. Up to that many, a wide CTA does.
     """
     sizes = {"batch_size": 8, "seqlen_q": 1, "seqlen_k": 8192, "num_heads_kv": 4}
     asked = problem("decode", **{**sizes, "num_heads_q": 4 * 16, **fields})
     assert introspect.make_plan(asked, "h100", ALL)["tile"] == tile
     assert introspect.make_plan(asked, "a100", ALL)["tile"] == FEW
+
+
+D96 = {"head_dim": 96, "head_dim_v": 96}
 
 
 @pytest.mark.parametrize(
@@ -134,8 +138,11 @@ def test_decode_of_16_rows(
         ("h200", {"batch_size": 1}, 16 * 8),  # one to an SM, as many for each tile
         ("h200", {"batch_size": 16, "seqlen_k": 1024}, 128),  # one for each tile
         ("h200", {"batch_size": 16, "seqlen_k": 1024, "varlen": True, "total_q": 16}, 128),
-        ("h200", {"batch_size": 16}, 256),  # much to read: two
-        ("h200", {"batch_size": 12, "seqlen_k": 1024}, 2 * 96),  # one would leave 36 SMs out
+        ("h200", {"batch_size": 16}, 128),  # wide ones
+        ("h200", {"batch_size": 12, "seqlen_k": 1024}, 96),
+        ("h200", {"batch_size": 6, "seqlen_k": 1024}, 2 * 48),
+        ("h200", {"batch_size": 16, **D96}, 256),  # much to read: two
+        ("h200", {"batch_size": 12, "seqlen_k": 1024, **D96}, 2 * 96),  # one leaves 36 SMs out
         ("h200", {"batch_size": 24, "seqlen_k": 1024}, 192),
         ("h200", {"batch_size": 128, "seqlen_k": 4096}, 256),  # four tiles for each
         ("h200", {"batch_size": 40, "seqlen_k": 4096}, 264),  # cut: two for each were 160 CTAs

@@ -53,6 +53,7 @@ struct BwdPairLayout {
   static constexpr int kDout = kQ + kStages * TileStream::kBytes;
   static constexpr int kScores = kDout + kDoutStages * TileLow::kBytes;
   static constexpr int kPeerScores = kScores + kScoresStages * TileScores::kBytes;
+  // One buffer is enough: who writes it waits for dS of the step before, so that it has been read.
   static constexpr int kPassed = kPeerScores + kScoresStages * TileScores::kBytes;
   static constexpr int kStatistics = kPassed + (kScoreMod ? TileScores::kBytes : 0);
   static constexpr int kKBarriers = kStatistics + kStages * 2 * kStatisticBytes;
