@@ -8,6 +8,7 @@ backend.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -102,6 +103,19 @@ def test_what_no_kernel_takes_is_an_error() -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_cases(case: CacheCase, dtype: torch.dtype) -> None:
     check(case, dtype)
+
+
+@pytest.mark.parametrize("many_tiles", [False, True], ids=["few_tiles", "many_tiles"])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name) for name, case in CASES.items() if case.slots < 1000],
+)
+def test_cases_at_head_dim_128(case: CacheCase, many_tiles: bool) -> None:
+    """Where SM90 has wide CTAs for no more tiles of few rows than SMs."""
+    tiles = len(case.seqlens_q) * case.heads[1]
+    times = 144 // tiles + 1 if many_tiles else 1
+    heads = (case.heads[0] * times, case.heads[1] * times)
+    check(replace(case, head_dims=(128, 128), heads=heads), BF16)
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 7])
