@@ -37,17 +37,16 @@ int64_t num_wgmma_tiles(const Problem& p) {
   return p.batch_size * ceil_div<int64_t>(rows_of_kv_head(p), kDecodeWgmmaRows) * p.num_heads_kv;
 }
 
-// Whether wgmma's kernel is faster for few rows, head_dim 128: with 16 rows in few tiles, which are
-// cut so often that its second kernel merges them better (7 to 30 % on an H200); for long caches
-// where tiles are more than SMs (1 % on an H100, with append, too), but with small pages only if
-// they are few: an H200 was 3 % slower with 1,024 tiles and pages of 64.
+// Whether wgmma's kernel is faster for few rows, head_dim 128: with 16 rows in very few tiles, which
+// are cut so often that its second kernel merges them better (up to 28 % on an H200; at 8 tiles it
+// is slower); for long caches where tiles are more than SMs (1 to 2 %, with append, too), but not
+// with smaller pages.
 bool few_rows_take_wgmma(const Problem& p, const DeviceFacts& device) {
-  constexpr int kLongCache = 4096, kVeryLongCache = 8192, kLargePage = 256;
+  constexpr int kLongCache = 4096, kVeryLongCache = 8192;
   const int64_t tiles = num_wgmma_tiles(p);
   const bool are_cut = 2 * rows_of_kv_head(p) > kDecodeFewRows && p.seqlen_k >= kLongCache &&
-                       4 * tiles <= device.num_sms;
-  const bool fits_pages = p.page_size == 0 || p.page_size >= kLargePage ||
-                          (p.page_size >= kDecodeTileN && tiles <= 2 * int64_t{device.num_sms});
+                       20 * tiles <= device.num_sms;
+  const bool fits_pages = p.page_size == 0 || p.page_size >= kDecodeTileN;
   const bool are_long = p.seqlen_k >= kVeryLongCache && fits_pages && tiles > device.num_sms;
   return built_size(p) == 128 && (are_cut || are_long);
 }
