@@ -37,10 +37,10 @@ int64_t num_wgmma_tiles(const Problem& p) {
   return p.batch_size * ceil_div<int64_t>(rows_of_kv_head(p), kDecodeWgmmaRows) * p.num_heads_kv;
 }
 
-// Whether wgmma's kernel is faster for few rows, head_dim 128: with 16 rows in very few tiles, which
-// are cut so often that its second kernel merges them better (up to 28 % on an H200; at 8 tiles it
-// is slower); for long caches where tiles are more than SMs (1 to 2 %, with append, too), but not
-// with smaller pages.
+// Whether wgmma's kernel is faster for few rows, head_dim 128: with 16 rows in very few tiles,
+// which are cut so often that its second kernel merges them better (up to 28 % on an H200; at 8
+// tiles it is slower); for long caches where tiles are more than SMs (1 to 2 %, with append, too),
+// but not with smaller pages.
 bool few_rows_take_wgmma(const Problem& p, const DeviceFacts& device) {
   constexpr int kLongCache = 4096, kVeryLongCache = 8192;
   const int64_t tiles = num_wgmma_tiles(p);
