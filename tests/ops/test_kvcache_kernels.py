@@ -281,10 +281,10 @@ def test_one_split_does_not_depend_on_the_batch() -> None:
             assert torch.equal(lse_one[0, :, 0], lse[batch, :, query])
 
 
-def generate(num_splits: int, steps: list[int], page_size: int | None) -> Tensor:
+def generate(num_splits: int, steps: list[int], page_size: int | None, d: int) -> Tensor:
     """Outputs of a sequence that enters the cache in steps, with rotary."""
     torch.manual_seed(3)
-    total, heads_q, heads_kv, d = sum(steps), 8, 2, 64
+    total, heads_q, heads_kv = sum(steps), 8, 2
     q = torch.randn(1, total, heads_q, d).to(DEVICE, BF16)
     k, v = (torch.randn(1, total, heads_kv, d).to(DEVICE, BF16) for _ in range(2))
     angles = torch.rand(total + 16, d // 2).to(DEVICE) * 6
@@ -314,13 +314,14 @@ def generate(num_splits: int, steps: list[int], page_size: int | None) -> Tensor
 
 
 @pytest.mark.parametrize("page_size", [None, 16], ids=str)
-def test_generation_equals_prefill(page_size: int | None) -> None:
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_generation_equals_prefill(page_size: int | None, head_dim: int) -> None:
     """Token by token, in chunks and at once: the same to rounding, bitwise with one split."""
-    prefill = generate(1, [200], page_size)
-    assert torch.equal(generate(1, [1] * 200, page_size), prefill)
-    assert torch.equal(generate(1, [64, 1, 70, 65], page_size), prefill)
+    prefill = generate(1, [512], page_size, head_dim)
+    assert torch.equal(generate(1, [1] * 512, page_size, head_dim), prefill)
+    assert torch.equal(generate(1, [64, 1, 70, 377], page_size, head_dim), prefill)
     last_place = 2**-5  # of bf16 below 8
-    assert_equals(generate(0, [1] * 200, page_size), prefill.double(), last_place)
+    assert_equals(generate(0, [1] * 512, page_size, head_dim), prefill.double(), last_place)
 
 
 def test_graph_with_changing_lengths() -> None:
