@@ -38,14 +38,15 @@ int64_t num_wgmma_tiles(const Problem& p) {
 }
 
 // Whether wgmma's kernel is faster for few rows, head_dim 128: with 16 rows in very few tiles,
-// which are cut so often that its second kernel merges them better (up to 28 % on an H200; at 8
-// tiles it is slower); for long caches where tiles are more than SMs (1 to 2 %, with append, too),
+// which are cut so often that its second kernel merges them better (up to 28 % on an H200);
+// for long caches where tiles are more than SMs (1 to 2 %, with append, too),
 // but not with smaller pages.
 bool few_rows_take_wgmma(const Problem& p, const DeviceFacts& device) {
   constexpr int kLongCache = 4096, kVeryLongCache = 8192;
+  constexpr int kManyCuts = 20;  // SMs to a tile: 6 tiles on 132 SMs were faster, 8 slower
   const int64_t tiles = num_wgmma_tiles(p);
   const bool are_cut = 2 * rows_of_kv_head(p) > kDecodeFewRows && p.seqlen_k >= kLongCache &&
-                       20 * tiles <= device.num_sms;
+                       kManyCuts * tiles <= device.num_sms;
   const bool fits_pages = p.page_size == 0 || p.page_size >= kDecodeTileN;
   const bool are_long = p.seqlen_k >= kVeryLongCache && fits_pages && tiles > device.num_sms;
   return built_size(p) == 128 && (are_cut || are_long);
@@ -56,7 +57,7 @@ bool few_rows_take_wgmma(const Problem& p, const DeviceFacts& device) {
 bool few_rows_take_wide(Arch arch, const Problem& p, const DeviceFacts& device) {
   const int built = built_size(p);
   return arch == Arch::kSm90 && sm90_has_wide_decode(built) &&
-         p.batch_size * p.num_heads_kv <= device.num_sms &&
+         int64_t{p.batch_size} * p.num_heads_kv <= device.num_sms &&
          decode_smem_bytes(built, kDecodeFewRows, kDecodeWideTileN) <= device.max_smem_bytes;
 }
 

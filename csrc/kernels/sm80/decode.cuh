@@ -523,6 +523,7 @@ FA_DEVICE void decode_tiles(const DecodeParams& p, const DecodeLaunch& launch) {
   }
 }
 
+// A wide CTA has no room for another on its SM.
 template <class T, int kHeadDim, int kTileM, int kTileN, bool kMayAppend>
 __global__ void __launch_bounds__(decode_num_threads(kTileN), kTileN == kDecodeTileN ? 2 : 1)
     decode_kernel(const __grid_constant__ DecodeLaunch launch,
