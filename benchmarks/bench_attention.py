@@ -302,6 +302,9 @@ def host(setup: Setup) -> Iterator[Json]:
     scores = (None, None, 0.125, -1, -1, 0.0, 0.0)
     out, lse, _ = ops.fwd.default(q, k, v, *scores, False, 0, 0)
     ends = torch.tensor([0, 1], dtype=torch.int32, device=setup.device)
+    transposed = [x.transpose(1, 2) for x in (q, k, v)]
+    transposed_leaves = [x.detach().requires_grad_() for x in transposed]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
 
     calls: dict[str, Callable[[], object]] = {
         "op fwd": lambda: ops.fwd.default(q, k, v, *scores, False, 0, 0),
@@ -311,14 +314,9 @@ def host(setup: Setup) -> Iterator[Json]:
         "op bwd": lambda: ops.bwd.default(out, q, k, v, out, lse, None, *scores, False, 0),
         "flash_attn_func": ours(problem, [q, k, v]),
         "flash_attn_func, with its backward": forward_and_backward(ours(problem, tensors), tensors),
-        "scaled_dot_product_attention": lambda: torch.nn.functional.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        ),
+        "scaled_dot_product_attention": lambda: sdpa(*transposed),
         "scaled_dot_product_attention, with its backward": forward_and_backward(
-            lambda: torch.nn.functional.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in tensors)
-            ),
-            tensors,
+            lambda: sdpa(*transposed_leaves), transposed_leaves
         ),
     }
     for name, call in calls.items():

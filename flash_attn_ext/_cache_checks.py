@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from ._checks import (
     cumulative,
     floating,
     heads_agree,
+    is_sound,
     layout,
     like,
     message,
@@ -42,6 +45,17 @@ def cache(
     cache_leftpad: Tensor | None,
 ) -> int:
     """Shapes of the query and the cache; returns the batch size."""
+    is_plain = cu_seqlens_q is cache_batch_idx is cache_leftpad is None
+    if (
+        is_plain
+        and is_sound(q, k_cache, v_cache, 4, 4, page_table is None)
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+    ):
+        batch_size = q.shape[0]
+        if page_table is not None:
+            pages(page_table, batch_size, q)
+        return batch_size
     if cu_seqlens_q is None:
         layout("q", q, 4, Q_FIXED)
         batch_size = q.shape[0]
@@ -88,6 +102,12 @@ def new_keys(
     batch_size: int,
 ) -> Tensor:
     """The keys and values to append; returns v."""
+    if (
+        cache_seqlens is not None
+        and cu_seqlens_k_new is None
+        and _is_sound_beside(q, k, v, k_cache, v_cache, batch_size)
+    ):
+        return v  # type: ignore[return-value]  # a tensor, as was seen
     if v is None:
         raise ValueError(message("v", None, "a tensor", "k and v are appended together"))
     if cache_seqlens is None:
@@ -119,10 +139,40 @@ def new_keys(
     return v
 
 
+def _is_sound_beside(
+    q: Tensor, k: Any, v: Any, k_cache: Tensor, v_cache: Tensor, batch_size: int
+) -> bool:
+    """True only if k, v [batch, seqlen_new, ...] pass all checks of `new_keys`; see `is_sound`."""
+    if not (isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return False
+    k_shape, v_shape, dtype, device = k.shape, v.shape, q.dtype, q.device
+    return (
+        len(k_shape) == 4
+        and k_shape[0] == batch_size
+        and (k_shape == v_shape or k_shape[:3] == v_shape[:3])
+        and k_shape[2:] == k_cache.shape[2:]
+        and v_shape[2:] == v_cache.shape[2:]
+        and dtype == k.dtype
+        and dtype == v.dtype
+        and device == k.device
+        and device == v.device
+    )
+
+
 def rotary_tables(
     x: Tensor, cos: Tensor, sin: Tensor | None, x_name: str = "q", prefix: str = "rotary_"
 ) -> Tensor:
     """The tables of angles, [seqlen_ro, rotary_dim / 2] each; returns sin."""
+    if (
+        isinstance(cos, Tensor)
+        and isinstance(sin, Tensor)
+        and len(cos.shape) == 2
+        and cos.shape == sin.shape
+        and cos.dtype == sin.dtype == x.dtype
+        and cos.device == sin.device == x.device
+        and 2 * cos.shape[1] <= x.shape[-1]
+    ):
+        return sin
     layout(f"{prefix}cos", cos, 2, "[seqlen_ro, rotary_dim / 2]")
     if sin is None:
         raise ValueError(message(f"{prefix}sin", None, f"a tensor as {prefix}cos"))
@@ -155,19 +205,25 @@ def cache_rotary(
     sin: Tensor | None,
     rotary_seqlens: Tensor | None,
     batch_size: int,
-    capacity: int,
+    k_cache: Tensor,
+    page_table: Tensor | None,
 ) -> Tensor:
     """The rotary arguments of the cache; returns sin."""
     sin = rotary_tables(q, cos, sin)
     if rotary_seqlens is not None:
         per_sequence("rotary_seqlens", rotary_seqlens, batch_size, q)
-    elif cos.shape[0] < capacity:
+    elif cos.shape[0] < (keys := _capacity(k_cache, page_table)):
         raise ValueError(
             message(
-                "rotary_cos: rows", cos.shape[0], f"at least the {capacity} keys that fit the cache"
+                "rotary_cos: rows", cos.shape[0], f"at least the {keys} keys that fit the cache"
             )
         )
     return sin
+
+
+def _capacity(k_cache: Tensor, page_table: Tensor | None) -> int:
+    """Keys that fit the cache of one sequence."""
+    return k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
 
 
 def seqlens_tensor(cache_seqlens: int | Tensor | None, batch_size: int, q: Tensor) -> Tensor | None:
@@ -185,7 +241,6 @@ def seqlens_tensor(cache_seqlens: int | Tensor | None, batch_size: int, q: Tenso
 
 
 def cache_values(
-    capacity: int,
     q: Tensor,
     max_seqlen_q: int,
     k_cache: Tensor,
@@ -200,7 +255,7 @@ def cache_values(
     rotary_cos: Tensor | None,
     rotary_seqlens: Tensor | None,
 ) -> None:
-    """The values of the index tensors, where they can be read; ``capacity``: keys of a sequence."""
+    """The values of the index tensors, where they can be read."""
     given = (
         cache_seqlens,
         cache_batch_idx,
@@ -213,6 +268,7 @@ def cache_values(
     tensors = [x for x in given if x is not None]
     if not tensors or not all(values_readable(x) for x in tensors):
         return
+    capacity = _capacity(k_cache, page_table)
     checks: list[Check] = []
     if cu_seqlens_q is not None:
         total_q = q.shape[0]

@@ -155,8 +155,8 @@ def heads_agree(q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str) -> No
         )
 
 
-def _is_sound(q: Any, k: Any, v: Any, rank: int) -> bool:
-    """True only if q, k, v pass all checks of `fixed` (rank 4) or of `varlen` without pages (3).
+def is_sound(q: Any, k: Any, v: Any, rank_q: int, rank_k: int, same_batch: bool) -> bool:
+    """True only if q, k, v pass all checks of `fixed`, `varlen` or the cache that concern them.
 
     Flat, because it runs at every call; False leaves it to those checks to say what is wrong.
     """
@@ -164,8 +164,8 @@ def _is_sound(q: Any, k: Any, v: Any, rank: int) -> bool:
         return False
     q_shape, k_shape, v_shape, dtype, device = q.shape, k.shape, v.shape, q.dtype, q.device
     if (
-        len(q_shape) != rank
-        or len(k_shape) != rank
+        len(q_shape) != rank_q
+        or len(k_shape) != rank_k
         or dtype not in _FLOAT_DTYPES
         or dtype != k.dtype
         or dtype != v.dtype
@@ -180,13 +180,13 @@ def _is_sound(q: Any, k: Any, v: Any, rank: int) -> bool:
         and 1 <= head_dim <= MAX_HEAD_DIM
         and num_heads_kv != 0
         and q_shape[-2] % num_heads_kv == 0
-        and (rank == 3 or q_shape[0] == k_shape[0])
+        and (not same_batch or q_shape[0] == k_shape[0])
     )
 
 
 def fixed(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q, k, v of the fixed-length functions."""
-    if _is_sound(q, k, v, 4):
+    if is_sound(q, k, v, 4, 4, True):
         return
     layout("q", q, 4, Q_FIXED)
     layout("k", k, 4, K_FIXED)
@@ -240,8 +240,8 @@ def varlen(
     seqused_k: Tensor | None,
 ) -> None:
     """q, k, v and the lengths of the varlen functions."""
-    is_sound = page_table is None and cu_seqlens_k is not None and _is_sound(q, k, v, 3)
-    if not is_sound:
+    is_plain = page_table is None and cu_seqlens_k is not None
+    if not is_plain or not is_sound(q, k, v, 3, 3, False):
         _varlen_rows(q, k, v, page_table, cu_seqlens_k, seqused_k)
     cumulative("cu_seqlens_q", cu_seqlens_q, q)
     batch_size = cu_seqlens_q.shape[0] - 1
@@ -372,7 +372,7 @@ def max_seqlen(name: str, value: Any) -> int:
 
 def window(causal: bool, window_size: Any) -> tuple[int, int]:
     """(window_left, window_right), -1 = unbounded, from what users pass for them."""
-    if window_size is None:
+    if window_size is None or (type(window_size) is tuple and window_size == (-1, -1)):
         return -1, 0 if causal else -1
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(

@@ -16,8 +16,8 @@ lengths, head dimensions):
 * lse: natural log, fp32 (fp64 for fp64 inputs), [b, h, sq]; varlen [h, total_q]; -inf for a row
   that sees no key.
 * dmask: [b, h, round128(sq), round128(sk)] in q's dtype if ``return_dmask``, else an empty [0].
-* The arguments of fwd and bwd that change the scores have defaults, because callers leave out what
-  they do not use: each argument costs the dispatcher as much as reading two tensors' shapes.
+* What few calls of attention use stands last and has a default, because callers leave out what they
+  do not use: each argument costs the dispatcher as much as reading two tensors' shapes.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from flash_attn_ext._load import claim_ops
 
 from .backends import chosen_backend
 
-_MASK = "float softmax_scale, int window_left, int window_right, float softcap"
 _VARLEN = (
     "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
     "{paged}SymInt max_seqlen_q, SymInt max_seqlen_k"
 )
 _VARLEN_FWD = _VARLEN.format(paged="Tensor? page_table, ")
 _VARLEN_BWD = _VARLEN.format(paged="")
-_CACHE = (
-    "Tensor? cache_seqlens, Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? page_table, "
-    "Tensor? cu_seqlens_q, SymInt max_seqlen_q"
+_CACHE_TAIL = (
+    "Tensor? page_table=None, float? softmax_scale=None, int window_left=-1, int window_right=-1, "
+    "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? cache_batch_idx=None, "
+    "Tensor? cache_leftpad=None, Tensor? cu_seqlens_q=None, SymInt max_seqlen_q=0, "
+    "int num_splits=0, int sm_margin=0"
 )
-_ROTARY = "Tensor? rotary_cos, Tensor? rotary_sin, Tensor? rotary_seqlens, bool rotary_interleaved"
 _SCORES = (
     "Tensor? alibi_slopes=None, Tensor? rng_state=None, float? softmax_scale=None, "
     "int window_left=-1, int window_right=-1, float softcap=0.0, float dropout_p=0.0"
@@ -70,19 +70,21 @@ SCHEMAS: dict[str, str] = {
     "bwd_preprocess": "(Tensor out, Tensor dout, Tensor? dlse) -> Tensor delta",
     # Attention against a cache: k_cache [b_cache, s_cache, hk, d] or, with page_table
     # [b, max_pages] int32, [num_pages, page_size, hk, d]. q [b, sq, h, d], or [total_q, h, d] with
-    # cu_seqlens_q. cache_seqlens int32 [b]: keys in the cache (leftpad included) before the append;
-    # None = the whole cache.
-    "kvcache_fwd": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_CACHE}, Tensor? alibi_slopes, "
-    f"{_MASK}, int num_splits, int sm_margin) -> (Tensor out, Tensor lse)",
+    # cu_seqlens_q and max_seqlen_q. cache_seqlens int32 [b]: keys in the cache (leftpad included)
+    # before the append; None = the whole cache.
+    "kvcache_fwd": "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens=None, "
+    f"{_CACHE_TAIL}) -> (Tensor out, Tensor lse)",
     # The same after appending k, v ([b, s_new, hk, d], or [total_new, hk, d] with cu_seqlens_k_new)
     # at cache_seqlens, keys and queries rotated if rotary_cos is given.
     "kvcache_append_fwd": "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
-    f"Tensor? cu_seqlens_k_new, {_CACHE}, {_ROTARY}, Tensor? alibi_slopes, {_MASK}, "
-    "int num_splits, int sm_margin) -> (Tensor out, Tensor lse)",
+    "Tensor cache_seqlens, Tensor? rotary_cos=None, Tensor? rotary_sin=None, "
+    f"bool rotary_interleaved=True, {_CACHE_TAIL}, Tensor? rotary_seqlens=None, "
+    "Tensor? cu_seqlens_k_new=None) -> (Tensor out, Tensor lse)",
     # The append alone. rotary_seqlens int32 [b] replaces cache_seqlens as the rotary position.
     "append_kv": "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
     "Tensor cache_seqlens, Tensor? cache_batch_idx, Tensor? page_table, "
-    f"Tensor? cu_seqlens_k_new, {_ROTARY}) -> ()",
+    "Tensor? cu_seqlens_k_new, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? rotary_seqlens, "
+    "bool rotary_interleaved) -> ()",
     # Rotary embedding of the first 2 * cos.size(1) elements of each head. x [b, s, h, d], or
     # [total, h, d] with cu_seqlens. Row p of cos/sin [seqlen_ro, rotary_dim / 2] serves position p
     # = seqlen_offsets[b] + index in the sequence; if `same_position`, p = seqlen_offsets[b].

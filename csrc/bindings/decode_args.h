@@ -168,8 +168,8 @@ inline Tensor launch_decode(const DecodeKernel& kernel, const DecodeArgs& a, con
   p.num_splits = problem.num_splits;
   p.num_ctas = static_cast<int>(plan.num_ctas);
   p.dtype = problem.dtype;
-  Tensor workspace = new_tensor(a.q, {plan.workspace_bytes / 4}, ScalarType::Float);
-  p.partial = static_cast<float*>(workspace.data_ptr());
+  const Scratch workspace(plan.workspace_bytes, a.device_index());
+  p.partial = static_cast<float*>(workspace.data());
 
   const Tensor q = readable_rows(appended.rotated_q == nullptr ? a.q : *appended.rotated_q);
   Tensor written = writable_rows(out);

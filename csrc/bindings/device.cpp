@@ -6,8 +6,8 @@
 #include <unistd.h>
 
 #include <array>
+#include <atomic>
 #include <cstdlib>
-#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -114,17 +114,37 @@ void* current_stream(int device_index) {
   return stream;
 }
 
+Scratch::Scratch(int64_t bytes, int device_index) {
+  if (bytes == 0) return;
+  using RawAlloc = AOTITorchError(uint64_t, void**);
+  static auto* raw_alloc = reinterpret_cast<RawAlloc*>(
+      find_symbol("libtorch_cuda.so", "aoti_torch_cuda_caching_allocator_raw_alloc"));
+  const CurrentDevice current(device_index);
+  TORCH_ERROR_CODE_CHECK(raw_alloc(static_cast<uint64_t>(bytes), &data_));
+}
+
+Scratch::~Scratch() {
+  if (data_ == nullptr) return;
+  using RawDelete = AOTITorchError(void*);
+  static auto* raw_delete = reinterpret_cast<RawDelete*>(
+      find_symbol("libtorch_cuda.so", "aoti_torch_cuda_caching_allocator_raw_delete"));
+  raw_delete(data_);
+}
+
 DeviceFacts device_facts(int device_index) {
-  static std::array<std::unique_ptr<DeviceFacts>, 64> facts;
+  static std::array<std::atomic<const DeviceFacts*>, 64> facts{};
   STD_TORCH_CHECK(0 <= device_index && device_index < static_cast<int>(facts.size()),
                   "flash_attn_ext: CUDA device index ", device_index, ", expected 0 .. 63");
-  DeviceFacts found;
-  {
+  const DeviceFacts* known = facts[device_index].load(std::memory_order_acquire);
+  if (known == nullptr) {
     const std::lock_guard<std::mutex> lock(state_mutex());
-    if (!facts[device_index])
-      facts[device_index] = std::make_unique<DeviceFacts>(query_device(device_index));
-    found = *facts[device_index];
+    known = facts[device_index].load(std::memory_order_relaxed);
+    if (known == nullptr) {
+      known = new DeviceFacts(query_device(device_index));  // for the life of the process
+      facts[device_index].store(known, std::memory_order_release);
+    }
   }
+  DeviceFacts found = *known;
   found.max_smem_bytes = smem_limit(found.max_smem_bytes);
   return found;
 }
@@ -147,11 +167,13 @@ ArchSet usable_archs() {
 }
 
 const Backend& open_backend(Arch arch) {
-  static std::array<const Backend*, kNumArchs> backends{};
+  static std::array<std::atomic<const Backend*>, kNumArchs> backends{};
+  std::atomic<const Backend*>& backend = backends[static_cast<int>(arch)];
+  if (const Backend* open = backend.load(std::memory_order_acquire)) return *open;
   const std::lock_guard<std::mutex> lock(state_mutex());
-  const Backend*& backend = backends[static_cast<int>(arch)];
-  if (backend == nullptr) backend = load_backend(arch);
-  return *backend;
+  if (backend.load(std::memory_order_relaxed) == nullptr)
+    backend.store(load_backend(arch), std::memory_order_release);
+  return *backend.load(std::memory_order_relaxed);
 }
 
 PlannedKernel plan_kernel(const Problem& problem, int device_index, int64_t sm_margin) {

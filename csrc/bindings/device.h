@@ -26,11 +26,39 @@ struct PlannedKernel {
 // sm_margin: multiprocessors that a plan shall not count on.
 PlannedKernel plan_kernel(const Problem& problem, int device_index, int64_t sm_margin = 0);
 
+// Makes a device the current one while in scope.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device_index) {
+    // Asking costs less than a guard, and the answer is nearly always that it is.
+    if (torch::stable::accelerator::getCurrentDeviceIndex() != device_index)
+      guard_.emplace(device_index);
+  }
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+// Memory for one launch, from torch's allocator and for torch's current stream: given back with the
+// scope, for whatever is enqueued there next. As a tensor, at a third of the price.
+class Scratch {
+ public:
+  Scratch(int64_t bytes, int device_index);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  void* data() const { return data_; }  // nullptr for 0 bytes
+
+ private:
+  void* data_ = nullptr;
+};
+
 // Enqueues one launch function of the table on torch's current stream of the device.
 template <class Params>
 void launch(const Backend& backend, int (*launch_function)(const Params&, void*),
             const Params& params, int device_index) {
-  const torch::stable::accelerator::DeviceGuard guard(device_index);
+  const CurrentDevice current(device_index);
   const int error = launch_function(params, current_stream(device_index));
   STD_TORCH_CHECK(error == 0,
                   "flash_attn_ext: kernel launch failed: ", backend.error_string(error));

@@ -177,14 +177,14 @@ std::optional<Tensor> append_and_rotate(const PlannedKernel& kernel, const Appen
 using OutLse = std::tuple<Tensor, Tensor>;
 
 DecodeArgs kvcache_args(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                        const OptionalTensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
-                        const OptionalTensor& cache_leftpad, const OptionalTensor& page_table,
-                        const OptionalTensor& cu_seqlens_q, int64_t max_seqlen_q,
-                        const ScoreArgs& scores, int64_t num_splits, int64_t sm_margin) {
+                        const Tensor* cache_seqlens, const OptionalTensor& page_table,
+                        const ScoreArgs& scores, const OptionalTensor& cache_batch_idx,
+                        const OptionalTensor& cache_leftpad, const OptionalTensor& cu_seqlens_q,
+                        int64_t max_seqlen_q, int64_t num_splits, int64_t sm_margin) {
   return {q,
           k_cache,
           v_cache,
-          pointer_to(cache_seqlens),
+          cache_seqlens,
           pointer_to(cache_batch_idx),
           pointer_to(cache_leftpad),
           pointer_to(page_table),
@@ -199,22 +199,23 @@ DecodeArgs kvcache_args(const Tensor& q, const Tensor& k_cache, const Tensor& v_
 }
 
 OutLse kvcache_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                   const OptionalTensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
-                   const OptionalTensor& cache_leftpad, const OptionalTensor& page_table,
-                   const OptionalTensor& cu_seqlens_q, int64_t max_seqlen_q,
-                   const OptionalTensor& alibi_slopes, double softmax_scale, int64_t window_left,
-                   int64_t window_right, double softcap, int64_t num_splits, int64_t sm_margin) {
+                   const OptionalTensor& cache_seqlens, const OptionalTensor& page_table,
+                   std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
+                   double softcap, const OptionalTensor& alibi_slopes,
+                   const OptionalTensor& cache_batch_idx, const OptionalTensor& cache_leftpad,
+                   const OptionalTensor& cu_seqlens_q, int64_t max_seqlen_q, int64_t num_splits,
+                   int64_t sm_margin) {
   const OptionalTensor none;
   const ScoreArgs scores{alibi_slopes, none, softmax_scale, window_left, window_right, softcap, 0.};
-  const DecodeArgs args =
-      kvcache_args(q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
-                   cu_seqlens_q, max_seqlen_q, scores, num_splits, sm_margin);
+  const DecodeArgs args = kvcache_args(q, k_cache, v_cache, pointer_to(cache_seqlens), page_table,
+                                       scores, cache_batch_idx, cache_leftpad, cu_seqlens_q,
+                                       max_seqlen_q, num_splits, sm_margin);
   const DecodeKernel kernel = plan_decode(args);
   if (!kernel) {
     return call_tiled<OutLse>("flash_attn_ext::kvcache_fwd", q, k_cache, v_cache, cache_seqlens,
-                              cache_batch_idx, cache_leftpad, page_table, cu_seqlens_q,
-                              max_seqlen_q, alibi_slopes, softmax_scale, window_left, window_right,
-                              softcap, num_splits, sm_margin);
+                              page_table, softmax_scale, window_left, window_right, softcap,
+                              alibi_slopes, cache_batch_idx, cache_leftpad, cu_seqlens_q,
+                              max_seqlen_q, num_splits, sm_margin);
   }
   if (is_prefill(args, kernel, {})) return prefill(args, {});
   Tensor out = new_decode_out(args);
@@ -222,34 +223,30 @@ OutLse kvcache_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
   return {out, lse};
 }
 
-OutLse kvcache_append_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                          const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens_k_new,
-                          const OptionalTensor& cache_seqlens,
-                          const OptionalTensor& cache_batch_idx,
-                          const OptionalTensor& cache_leftpad, const OptionalTensor& page_table,
-                          const OptionalTensor& cu_seqlens_q, int64_t max_seqlen_q,
-                          const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin,
-                          const OptionalTensor& rotary_seqlens, bool rotary_interleaved,
-                          const OptionalTensor& alibi_slopes, double softmax_scale,
-                          int64_t window_left, int64_t window_right, double softcap,
-                          int64_t num_splits, int64_t sm_margin) {
-  FA_CHECK(cache_seqlens.has_value(), "cache_seqlens: got None, expected [batch] with k");
+OutLse kvcache_append_fwd(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
+    const Tensor& cache_seqlens, const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin,
+    bool rotary_interleaved, const OptionalTensor& page_table, std::optional<double> softmax_scale,
+    int64_t window_left, int64_t window_right, double softcap, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& cache_batch_idx, const OptionalTensor& cache_leftpad,
+    const OptionalTensor& cu_seqlens_q, int64_t max_seqlen_q, int64_t num_splits, int64_t sm_margin,
+    const OptionalTensor& rotary_seqlens, const OptionalTensor& cu_seqlens_k_new) {
   const OptionalTensor none;
   const ScoreArgs scores{alibi_slopes, none, softmax_scale, window_left, window_right, softcap, 0.};
   DecodeArgs args =
-      kvcache_args(q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
-                   cu_seqlens_q, max_seqlen_q, scores, num_splits, sm_margin);
+      kvcache_args(q, k_cache, v_cache, &cache_seqlens, page_table, scores, cache_batch_idx,
+                   cache_leftpad, cu_seqlens_q, max_seqlen_q, num_splits, sm_margin);
   args.appends = true;
   const DecodeKernel kernel = plan_decode(args);
   if (!kernel) {
     return call_tiled<OutLse>("flash_attn_ext::kvcache_append_fwd", q, k_cache, v_cache, k, v,
-                              cu_seqlens_k_new, cache_seqlens, cache_batch_idx, cache_leftpad,
-                              page_table, cu_seqlens_q, max_seqlen_q, rotary_cos, rotary_sin,
-                              rotary_seqlens, rotary_interleaved, alibi_slopes, softmax_scale,
-                              window_left, window_right, softcap, num_splits, sm_margin);
+                              cache_seqlens, rotary_cos, rotary_sin, rotary_interleaved, page_table,
+                              softmax_scale, window_left, window_right, softcap, alibi_slopes,
+                              cache_batch_idx, cache_leftpad, cu_seqlens_q, max_seqlen_q,
+                              num_splits, sm_margin, rotary_seqlens, cu_seqlens_k_new);
   }
   const AppendKvArgs append{
-      k_cache,    v_cache,          k,          v,          *cache_seqlens, cache_batch_idx,
+      k_cache,    v_cache,          k,          v,          cache_seqlens,  cache_batch_idx,
       page_table, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved};
   check_append_kv(append);
   const AppendKvParams sizes = append_kv_sizes(append);

@@ -380,23 +380,25 @@ def kvcache_fwd(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    cache_seqlens: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
-    page_table: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    max_seqlen_q: int,
-    alibi_slopes: Tensor | None,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    num_splits: int,
-    sm_margin: int,
+    cache_seqlens: Tensor | None = None,
+    page_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    num_splits: int = 0,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention against a cache; returns out, lse."""
     note_fallback("kvcache_fwd", q)
-    options = Options(softmax_scale, window_left, window_right, softcap, alibi_slopes, None, 0.0)
+    options = _options(
+        q, softmax_scale, window_left, window_right, softcap, alibi_slopes, None, 0.0
+    )
     batch_size = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     side_k = cache_side(
         k_cache,
@@ -415,28 +417,27 @@ def kvcache_append_fwd(
     v_cache: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_k_new: Tensor | None,
-    cache_seqlens: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
-    page_table: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    max_seqlen_q: int,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    rotary_seqlens: Tensor | None,
-    rotary_interleaved: bool,
-    alibi_slopes: Tensor | None,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    num_splits: int,
-    sm_margin: int,
+    cache_seqlens: Tensor,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = True,
+    page_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    num_splits: int = 0,
+    sm_margin: int = 0,
+    rotary_seqlens: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`append_kv`, rotation of q, then `kvcache_fwd`; returns out, lse."""
     note_fallback("kvcache_append_fwd", q)
-    assert cache_seqlens is not None  # the API requires it together with k
     _append_kv(
         (k_cache, v_cache),
         (k, v),
@@ -460,7 +461,9 @@ def kvcache_append_fwd(
         cache_leftpad=cache_leftpad,
         page_table=page_table,
     )
-    options = Options(softmax_scale, window_left, window_right, softcap, alibi_slopes, None, 0.0)
+    options = _options(
+        q, softmax_scale, window_left, window_right, softcap, alibi_slopes, None, 0.0
+    )
     return _cache_forward(q, k_cache, v_cache, side_k, cu_seqlens_q, max_seqlen_q, options)
 
 

@@ -209,10 +209,8 @@ def _compute_cache(backend: Backend, x: Tensors, page_table: Tensor | None = Non
     k_cache, v_cache = x["k_cache"].clone(), x["v_cache"].clone()
     seqlen = len(x["cos"])
     out, lse = backend.op("kvcache_append_fwd")(
-        *(x["q"], k_cache, v_cache, x["k"], x["v"], None),
-        *(_int32(_lengths_before(seqlen), k_cache), None, None, page_table, None, _NUM_NEW),
-        *(x["cos"], x["sin"], None, False),
-        *(None, _SCALE, *_CAUSAL, 0.0, 0, 0),
+        *(x["q"], k_cache, v_cache, x["k"], x["v"], _int32(_lengths_before(seqlen), k_cache)),
+        *(x["cos"], x["sin"], False, page_table, _SCALE, *_CAUSAL),
     )
     return {"out": out, "lse": lse, "k_cache": k_cache, "v_cache": v_cache}
 

@@ -51,7 +51,7 @@ def op_arguments(name: str, device: str) -> list[tuple[Any, ...]]:
     slopes, seed = torch.rand(4, device=device), rng_state(device=device)
     fwd = [(None, None, *MASK, 0.0, False, 0, 0), (slopes, seed, *MASK, 0.25, True, 1, 0)]
     bwd = [(None, None, *MASK, 0.0, False, 0), (slopes, seed, *MASK, 0.25, True, 0)]
-    cache = (int32([3, 2], device), None, None, None, None, 5)
+    seqlens = int32([3, 2], device)
     rotary = (torch.rand(24, 3, device=device), torch.rand(24, 3, device=device), None, True)
     if name == "fwd":
         return [(*fixed, *tail) for tail in fwd]
@@ -82,16 +82,18 @@ def op_arguments(name: str, device: str) -> list[tuple[Any, ...]]:
             (x(9, 4, 16), x(9, 4, 16), x(4, 9)),
         ]
     if name == "kvcache_fwd":
-        contiguous = (x(2, 5, 4, 8), x(2, 12, 2, 8), x(2, 12, 2, 16), *cache)
-        ragged = (int32([3, 9], device), None, None, table(), cu_seqlens([4, 5], device), 5)
-        paged = (x(9, 4, 8), x(6, 4, 2, 8), x(6, 4, 2, 16), *ragged)
-        return [(*contiguous, None, *MASK, 0, 0), (*paged, slopes, *MASK, 0, 0)]
+        contiguous = (x(2, 5, 4, 8), x(2, 12, 2, 8), x(2, 12, 2, 16), seqlens)
+        paged = (x(9, 4, 8), x(6, 4, 2, 8), x(6, 4, 2, 16), int32([3, 9], device), table())
+        ragged = (*MASK, slopes, None, None, cu_seqlens([4, 5], device), 5)
+        return [contiguous, (*contiguous, None, *MASK), (*paged, *ragged)]
     if name == "kvcache_append_fwd":
         contiguous = (x(2, 5, 4, 8), x(2, 12, 2, 8), x(2, 12, 2, 16))
-        new = (x(2, 5, 2, 8), x(2, 5, 2, 16), None)
+        new = (x(2, 5, 2, 8), x(2, 5, 2, 16), seqlens)
+        rest = (None, None, None, 0, 0, 0, seqlens)  # cache_batch_idx ... rotary_seqlens
         return [
-            (*contiguous, *new, *cache, None, None, None, True, None, *MASK, 0, 0),
-            (*contiguous, *new, *cache, *rotary, slopes, *MASK, 0, 0),
+            (*contiguous, *new),
+            (*contiguous, *new, None, None, True, None, *MASK),
+            (*contiguous, *new, *rotary[:2], True, None, *MASK, slopes, *rest),
         ]
     if name == "append_kv":
         new = (x(2, 5, 2, 8), x(2, 5, 2, 16), int32([3, 2], device))

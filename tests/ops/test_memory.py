@@ -115,9 +115,6 @@ def test_cache_is_not_copied(page_size: int | None, device: str) -> None:
     q = torch.zeros(1, 1, 8, HEAD_DIM, dtype=torch.bfloat16, device=device)
     lengths = torch.tensor([seqlen], dtype=torch.int32, device=device)
     with LargestTensor(k_cache) as largest:
-        out, _ = op("kvcache_fwd", "tiled")(
-            *(q, k_cache, k_cache, lengths, None, None, table, None, 1),
-            *(None, 0.125, -1, -1, 0.0, 0, 0),
-        )
+        out, _ = op("kvcache_fwd", "tiled")(q, k_cache, k_cache, lengths, table)
     assert out.shape == q.shape
     assert largest.bytes < k_cache.untyped_storage().nbytes() / 8

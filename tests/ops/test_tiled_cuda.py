@@ -57,8 +57,8 @@ def _cache() -> Callable[[], tuple[Tensor, ...]]:
     def call() -> tuple[Tensor, ...]:
         k_cache, v_cache = cache.clone(), cache.clone()
         out, lse = op("kvcache_append_fwd", "tiled")(
-            *(q, k_cache, v_cache, new, new, None, seqlens, rows, leftpad, table, None, 2),
-            *(cos, sin, None, True, None, 0.25, -1, 0, 0.0, 0, 0),
+            *(q, k_cache, v_cache, new, new, seqlens, cos, sin, True),
+            *(table, 0.25, -1, 0, 0.0, None, rows, leftpad),
         )
         return out, lse, k_cache, v_cache
 

@@ -29,28 +29,22 @@ def _build(case: CacheCase, device: str) -> dict[str, Any]:
 
 def _run(case: CacheCase, data: dict[str, Any], device: str) -> tuple[Tensor, Tensor]:
     """Calls the op; the caches in `data` are written."""
-    cache = (
-        _tensor(case.cache_seqlens, device),
-        _tensor(case.batch_idx, device),
-        _tensor(case.leftpad, device),
-        data["page_table"],
-        cu_seqlens(list(case.seqlens_q), device) if case.packed_q else None,
-        max(case.seqlens_q),
-    )
     scale = data["q"].shape[-1] ** -0.5 if case.scale is None else case.scale
-    scores = (data["alibi_slopes"], scale, *case.window, case.softcap, case.num_splits, 0)
     caches = (data["q"], data["k_cache"], data["v_cache"])
-    if data["k"] is None:
-        return op("kvcache_fwd")(*caches, *cache, *scores)
-    new_starts = cu_seqlens(list(case.seqlens_new or ()), device) if case.packed_new else None
-    rotary = (
-        data["rotary_cos"],
-        data["rotary_sin"],
-        _tensor(case.rotary_seqlens, device),
-        case.rotary == "interleaved",
+    seqlens = _tensor(case.cache_seqlens, device)
+    tail = (
+        *(data["page_table"], scale, *case.window, case.softcap, data["alibi_slopes"]),
+        *(_tensor(case.batch_idx, device), _tensor(case.leftpad, device)),
+        cu_seqlens(list(case.seqlens_q), device) if case.packed_q else None,
+        *(max(case.seqlens_q), case.num_splits, 0),
     )
+    if data["k"] is None:
+        return op("kvcache_fwd")(*caches, seqlens, *tail)
+    new_starts = cu_seqlens(list(case.seqlens_new or ()), device) if case.packed_new else None
+    rotary = (data["rotary_cos"], data["rotary_sin"], case.rotary == "interleaved")
     return op("kvcache_append_fwd")(
-        *caches, data["k"], data["v"], new_starts, *cache, *rotary, *scores
+        *(*caches, data["k"], data["v"], seqlens, *rotary, *tail),
+        *(_tensor(case.rotary_seqlens, device), new_starts),
     )
 
 
@@ -80,8 +74,7 @@ def test_empty_cache_and_queries(seqlens_q: tuple[int, ...], device: str) -> Non
 def test_no_sequences(device: str) -> None:
     data = _build(SMALL, device)
     out, lse = op("kvcache_fwd")(
-        *(data["q"][:0], data["k_cache"], data["v_cache"], int32([], device)),
-        *(None, None, None, None, 1, None, 1.0, -1, -1, 0.0, 0, 0),
+        data["q"][:0], data["k_cache"], data["v_cache"], int32([], device), softmax_scale=1.0
     )
     assert out.shape == (0, 1, 4, 24)
     assert lse.shape == (0, 4, 1)
