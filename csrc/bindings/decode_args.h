@@ -165,6 +165,7 @@ inline Tensor launch_decode(const DecodeKernel& kernel, const DecodeArgs& a, con
   p.page_size = problem.page_size;
   p.tile_m = plan.tile_m;
   p.tile_n = plan.tile_n;
+  p.num_threads = plan.num_threads;
   p.num_splits = problem.num_splits;
   p.num_ctas = static_cast<int>(plan.num_ctas);
   p.dtype = problem.dtype;

@@ -31,9 +31,10 @@ FA_HD constexpr int64_t decode_ctas_at_most(int64_t tiles, int64_t most) {
 
 // The same on a device of num_sms SMs that hold per_sm of them each. One to an SM merges less and
 // starts sooner: for few blocks, and, with 16 rows, for few tiles, which are those of one sequence.
-// Else two, as nothing is copied while a CTA merges and stores; also where units of the ring are
-// small or few (64, 256). Numbers: docs/performance/decode.md, "How many CTAs".
+// Else all, as nothing is copied while a CTA merges and stores; also where units of the ring are
+// small or few (64, 256), and of small CTAs. Numbers: docs/performance/decode.md, "How many CTAs".
 struct DecodeTileCount {
+  DecodeCtas ctas;
   int tile_m, head_dim;   // built_head_dim()
   int64_t tiles, blocks;  // blocks of keys of all tiles, at most
 };
@@ -44,7 +45,7 @@ FA_HD constexpr int64_t decode_num_ctas(DecodeTileCount of, int num_sms, int per
   const bool few_tiles = 8 * of.tiles <= num_sms;                  // each is cut for 8 CTAs or more
   const bool takes_one =
       few_rows ? 64 < of.head_dim && of.head_dim < 256 && (few_blocks || few_tiles) : few_blocks;
-  if (takes_one && of.tiles <= num_sms) {
+  if (of.ctas == DecodeCtas::kDeep && takes_one && of.tiles <= num_sms) {
     const int64_t one = decode_ctas_at_most(of.tiles, num_sms);
     if (10 * one >= 9 * num_sms) return one;
   }
@@ -146,15 +147,20 @@ FA_HD constexpr int packed_m_blocks(int queries, int group_size, int tile_m) {
   return ceil_div(queries * group_size, tile_m);
 }
 
-static_assert(decode_num_ctas({16, 128, 8, 1 << 20}, 132, 2) == 128);  // 16 to a tile, one to an SM
-static_assert(decode_num_ctas({16, 128, 128, 2048}, 132, 2) == 128);   // one to a tile
-static_assert(decode_num_ctas({16, 128, 128, 1 << 20}, 132, 2) == 256);   // two
-static_assert(decode_num_ctas({16, 128, 100, 2048}, 132, 2) == 200);      // 100 leave 32 SMs out
-static_assert(decode_num_ctas({16, 128, 1024, 1 << 20}, 132, 2) == 256);  // four tiles to each
-static_assert(decode_num_ctas({16, 128, 320, 1 << 20}, 132, 2) == 264);   // two to each: 160
-static_assert(decode_num_ctas({16, 64, 128, 2048}, 132, 2) == 256);
-static_assert(decode_num_ctas({64, 128, 128, 1 << 20}, 132, 2) == 256 &&
-              decode_num_ctas({64, 128, 8, 512}, 132, 2) == 128);
+static_assert(decode_num_ctas({DecodeCtas::kDeep, 16, 128, 8, 1 << 20}, 132, 2) ==
+              128);  // 16 to a tile, one to an SM
+static_assert(decode_num_ctas({DecodeCtas::kDeep, 16, 128, 128, 2048}, 132, 2) ==
+              128);  // one to a tile
+static_assert(decode_num_ctas({DecodeCtas::kDeep, 16, 128, 128, 1 << 20}, 132, 2) == 256);  // two
+static_assert(decode_num_ctas({DecodeCtas::kDeep, 16, 128, 100, 2048}, 132, 2) ==
+              200);  // 100 leave 32 SMs out
+static_assert(decode_num_ctas({DecodeCtas::kDeep, 16, 128, 1024, 1 << 20}, 132, 2) ==
+              256);  // four tiles to each
+static_assert(decode_num_ctas({DecodeCtas::kDeep, 16, 128, 320, 1 << 20}, 132, 2) ==
+              264);  // two to each: 160
+static_assert(decode_num_ctas({DecodeCtas::kDeep, 16, 64, 128, 2048}, 132, 2) == 256);
+static_assert(decode_num_ctas({DecodeCtas::kDeep, 64, 128, 128, 1 << 20}, 132, 2) == 256 &&
+              decode_num_ctas({DecodeCtas::kDeep, 64, 128, 8, 512}, 132, 2) == 128);
 static_assert(split_work(128 * 128, 256, 0, 128, true).per_part == 64);
 static_assert(split_work(8 * 64, 132, 0, 64, false).per_part == 4);  // 16 for each
 static_assert(split_work(100, 8, 2, 50, true).num_parts() == 2);     // no tile is in three parts

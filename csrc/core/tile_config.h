@@ -397,25 +397,61 @@ static_assert(bwd_registers_fit(sm90_bwd_registers(96)) &&
 
 // Decode: a CTA streams blocks of keys through a ring of units, a unit being the keys or the values
 // of a block. Rows are query heads of one KV head and their queries.
-constexpr int kDecodeTileN = 64;       // keys of a block
-constexpr int kDecodeWideTileN = 128;  // of few rows in a wide CTA, one to an SM
-FA_HD constexpr bool sm90_has_wide_decode(int built_head_dim) {
-  return built_head_dim == 128;
+constexpr int kDecodeFewRows = 16;   // every warp has all rows and its own keys of a block
+constexpr int kDecodeManyRows = 64;  // each of four warps has 16 rows and all keys
+constexpr int kDecodeMaxCtas = 768;  // of one launch
+
+// What an SM holds of mma.sync's kernels at a time. Few and many tiles: beside the number of SMs.
+// Numbers: docs/performance/decode.md, "Wide and small CTAs".
+enum class DecodeCtas {
+  kDeep,   // two CTAs, or one on a GPU of 100 KB, with 98 KB each
+  kSmall,  // four or five, each with a ring of two units; SM90, few rows, many tiles
+  kWide,   // one of eight warps; SM90, few rows, few tiles
+};
+struct DecodeConfig {
+  int tile_n;  // keys of a block
+  int num_warps;
+  int num_units;    // of the ring
+  int ctas_per_sm;  // at most; registers are bounded so that they have room
+  FA_HD constexpr int num_threads() const { return 32 * num_warps; }
+};
+FA_HD constexpr DecodeConfig decode_config(int head_dim, DecodeCtas ctas) {
+  // clang-format off
+  switch (built_head_dim(head_dim)) {
+    case 64:
+      if (ctas == DecodeCtas::kSmall) return {128, 4, 2, 4};
+      if (ctas == DecodeCtas::kWide) return {256, 8, 5, 1};
+      return {64, 4, 10, 2};
+    case 96:
+      if (ctas == DecodeCtas::kSmall) return {64, 2, 2, 5};
+      if (ctas == DecodeCtas::kWide) return {256, 8, 3, 1};
+      return {64, 4, 6, 2};
+    case 128:
+      if (ctas == DecodeCtas::kSmall) return {64, 2, 2, 4};
+      if (ctas == DecodeCtas::kWide) return {128, 8, 4, 1};
+      return {64, 4, 4, 2};
+    case 192:
+      if (ctas == DecodeCtas::kSmall) return {64, 2, 2, 4};
+      return {64, 4, 3, 2};
+    case 256: return {64, 4, 2, 2};
+  }
+  // clang-format on
+  return {0, 0, 0, 0};
 }
-// A warp for 16 keys of a block.
-FA_HD constexpr int decode_num_threads(int tile_n) {
-  return tile_n / 16 * 32;
+
+// Whether a launch has few tiles or many, which other CTAs, or blocks, suit.
+enum class DecodeTiles { kMany, kFew };
+// SM90's CTAs for few rows.
+FA_HD constexpr DecodeCtas sm90_decode_ctas(int head_dim, DecodeTiles tiles) {
+  const int built = built_head_dim(head_dim);
+  if (tiles == DecodeTiles::kMany) return built < 256 ? DecodeCtas::kSmall : DecodeCtas::kDeep;
+  return built < 192 ? DecodeCtas::kWide : DecodeCtas::kDeep;
 }
-constexpr int kDecodeFewRows = 16;   // every warp has all rows and 16 keys of a block
-constexpr int kDecodeManyRows = 64;  // every warp has 16 rows and all keys
-constexpr int kDecodeCtasPerSm = 2;  // at a time; their registers leave room for no third
-constexpr int kDecodeMaxCtas = 384;  // of one launch: those of 192 SMs
 
 // Many rows on SM90: wgmma, one CTA to an SM. Few tiles are cut into parts of few blocks, where
 // small blocks begin earlier: 128 x 64 is 1 to 9 % faster for one sequence on an H200, 8 % slower
 // where products are the limit. tile_m 0: not built for this head_dim.
 constexpr int kDecodeWgmmaRows = 128;
-enum class DecodeTiles { kMany, kFew };
 FA_HD constexpr FwdTileConfig sm90_decode_tile_config(int head_dim, DecodeTiles tiles) {
   // clang-format off
   switch (built_head_dim(head_dim)) {
@@ -449,30 +485,20 @@ FA_HD constexpr bool sm90_decode_takes_pages(int page_size, int tile_n) {
 FA_HD constexpr bool decode_runs_ahead(int head_dim) {
   return built_head_dim(head_dim) <= 128;
 }
-// Units in the ring. 98 KB of shared memory in all: two CTAs on an SM of 228 KB, one on one of 100.
-// A wide CTA has twice as much.
-FA_HD constexpr int decode_num_units(int head_dim) {
-  switch (built_head_dim(head_dim)) {
-    case 64: return 10;
-    case 96: return 6;
-    case 128: return 4;
-    case 192: return 3;
-    case 256: return 2;
-  }
-  return 0;
-}
 // A row of results in fp32: the sums, their maximum, their sum of weights, and words that keep rows
 // in different banks.
 FA_HD constexpr int decode_result_words(int head_dim) {
   return built_head_dim(head_dim) + 8;
 }
-FA_HD constexpr int decode_ring_bytes(int head_dim, int tile_n) {
-  return decode_num_units(head_dim) * tile_n * 2 * built_head_dim(head_dim);
+FA_HD constexpr int decode_ring_bytes(int head_dim, DecodeCtas ctas) {
+  const DecodeConfig config = decode_config(head_dim, ctas);
+  return config.num_units * config.tile_n * 2 * built_head_dim(head_dim);
 }
-// Dynamic shared memory of a CTA. Results: a row for each row of each warp, which has 16 of them.
-FA_HD constexpr int decode_smem_bytes(int head_dim, int tile_m, int tile_n) {
-  const int results = tile_n * decode_result_words(head_dim) * 4;
-  const int ring = decode_ring_bytes(head_dim, tile_n);
+// Dynamic shared memory of a CTA. Results: a row for each of 16 rows of each warp.
+FA_HD constexpr int decode_smem_bytes(int head_dim, int tile_m, DecodeCtas ctas) {
+  const int rows = 16 * decode_config(head_dim, ctas).num_warps;
+  const int results = rows * decode_result_words(head_dim) * 4;
+  const int ring = decode_ring_bytes(head_dim, ctas);
   return decode_runs_ahead(head_dim) ? ring + results
                                      : max(results, ring + tile_m * 2 * built_head_dim(head_dim));
 }

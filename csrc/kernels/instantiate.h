@@ -15,11 +15,10 @@ template <class T, int kHeadDim>
 int launch_fwd(const FwdParams& params, cudaStream_t stream);
 template <class T, int kHeadDim>
 int launch_bwd(const BwdParams& params, cudaStream_t stream);
+template <class T, int kHeadDim, DecodeCtas kCtas>
+int launch_decode_few_rows(const DecodeParams& params, cudaStream_t stream);
 template <class T, int kHeadDim>
-int launch_decode(const DecodeParams& params, cudaStream_t stream);
-
-template <class T, int kHeadDim>
-int launch_decode_wide(const DecodeParams& params, cudaStream_t stream);
+int launch_decode_many_rows(const DecodeParams& params, cudaStream_t stream);
 template <class T, int kHeadDim>
 int launch_decode_wgmma(const DecodeParams& params, cudaStream_t stream);
 

@@ -10,6 +10,7 @@ namespace fa {
 namespace {
 
 constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
+constexpr int kLongCache = 4096;    // keys
 constexpr int kVectorElements = 8;  // 16 bytes of 16-bit elements, which the kernel copies at once
 
 int group_size(const Problem& p) {
@@ -26,10 +27,14 @@ int64_t rows_of_kv_head(const Problem& p) {
 
 // Which kernel computes a problem.
 struct Tile {
-  int m, n;
+  int m;
+  DecodeCtas ctas = DecodeCtas::kDeep;
   FwdTileConfig wgmma{};  // if m is kDecodeWgmmaRows
 
   bool is_wgmma() const { return m == kDecodeWgmmaRows; }
+  int n(const Problem& p) const {
+    return is_wgmma() ? wgmma.tile_n : decode_config(built_size(p), ctas).tile_n;
+  }
 };
 
 // Tiles of kDecodeWgmmaRows rows.
@@ -37,35 +42,36 @@ int64_t num_wgmma_tiles(const Problem& p) {
   return p.batch_size * ceil_div<int64_t>(rows_of_kv_head(p), kDecodeWgmmaRows) * p.num_heads_kv;
 }
 
-// Whether wgmma's kernel is faster for few rows, head_dim 128: with 16 rows in very few tiles,
-// which are cut so often that its second kernel merges them better (up to 28 % on an H200);
-// for long caches where tiles are more than SMs (1 to 2 %, with append, too),
-// but not with smaller pages.
+// Whether wgmma's kernel is faster for few rows, head_dim 128: with 16 rows in very few tiles of
+// long caches, which are cut so often that its second kernel merges them better (up to 28 % on an
+// H200).
 bool few_rows_take_wgmma(const Problem& p, const DeviceFacts& device) {
-  constexpr int kLongCache = 4096, kVeryLongCache = 8192;
   constexpr int kManyCuts = 20;  // SMs to a tile: 6 tiles on 132 SMs were faster, 8 slower
-  const int64_t tiles = num_wgmma_tiles(p);
-  const bool are_cut = 2 * rows_of_kv_head(p) > kDecodeFewRows && p.seqlen_k >= kLongCache &&
-                       kManyCuts * tiles <= device.num_sms;
-  const bool fits_pages = p.page_size == 0 || p.page_size >= kDecodeTileN;
-  const bool are_long = p.seqlen_k >= kVeryLongCache && fits_pages && tiles > device.num_sms;
-  return built_size(p) == 128 && (are_cut || are_long);
+  return built_size(p) == 128 && 2 * rows_of_kv_head(p) > kDecodeFewRows &&
+         p.seqlen_k >= kLongCache && kManyCuts * num_wgmma_tiles(p) <= device.num_sms;
 }
 
-// Whether a tile of few rows has a wide CTA: where tiles are at most as many as SMs, so that an SM
-// has one CTA or little more. Numbers: docs/performance/decode.md, "Wide CTAs".
-bool few_rows_take_wide(Arch arch, const Problem& p, const DeviceFacts& device) {
+// Which CTAs few rows have. Where there is at most a tile for each SM, one CTA to an SM starts and
+// merges once, and many small ones cover each other's ends. So it matters how alike the lengths
+// are, which is not known here: with a tile or nearly for every SM, full caches are faster with
+// wide ones (1,024 keys 12 %, 8,192 keys 2 to 4 %) and caches of all lengths with small ones (10 to
+// 28 %). Numbers: docs/performance/decode.md, "Wide and small CTAs".
+DecodeCtas few_rows_ctas(Arch arch, const Problem& p, const DeviceFacts& device) {
+  if (arch != Arch::kSm90) return DecodeCtas::kDeep;
   const int built = built_size(p);
-  return arch == Arch::kSm90 && sm90_has_wide_decode(built) &&
-         int64_t{p.batch_size} * p.num_heads_kv <= device.num_sms &&
-         decode_smem_bytes(built, kDecodeFewRows, kDecodeWideTileN) <= device.max_smem_bytes;
+  const int64_t tiles = int64_t{p.batch_size} * p.num_heads_kv;
+  const bool few_tiles =
+      2 * tiles <= device.num_sms || (tiles <= device.num_sms && p.seqlen_k < kLongCache);
+  const DecodeCtas ctas = sm90_decode_ctas(built, DecodeTiles::kFew);
+  const bool fits = decode_smem_bytes(built, kDecodeFewRows, ctas) <= device.max_smem_bytes;
+  return few_tiles && fits ? ctas : sm90_decode_ctas(built, DecodeTiles::kMany);
 }
 
 // One split means one order of additions whatever the call, so one tile too.
 Tile tile_of(Arch arch, const Problem& p, const DeviceFacts& device) {
   const bool few = p.num_splits != 1 && rows_of_kv_head(p) <= kDecodeFewRows;
-  const bool wide = few && few_rows_take_wide(arch, p, device);
-  const Tile mma{few ? kDecodeFewRows : kDecodeManyRows, wide ? kDecodeWideTileN : kDecodeTileN};
+  const Tile mma =
+      few ? Tile{kDecodeFewRows, few_rows_ctas(arch, p, device)} : Tile{kDecodeManyRows};
   if (arch != Arch::kSm90 || p.num_splits == 1 || (few && !few_rows_take_wgmma(p, device)))
     return mma;
   const bool few_tiles =
@@ -76,7 +82,7 @@ Tile tile_of(Arch arch, const Problem& p, const DeviceFacts& device) {
   const bool takes = wgmma.tile_m > 0 && !p.broadcast && !p.softcap && !p.alibi &&
                      p.positive_scale && !(p.leftpad && p.page_size > 0) &&
                      sm90_decode_takes_pages(p.page_size, wgmma.tile_n);
-  return takes ? Tile{wgmma.tile_m, wgmma.tile_n, wgmma} : mma;
+  return takes ? Tile{wgmma.tile_m, DecodeCtas::kDeep, wgmma} : mma;
 }
 
 int64_t tiles_of_sequence(const Problem& p, const Tile& tile) {
@@ -89,26 +95,27 @@ int64_t num_tiles(const Problem& p, const Tile& tile) {
   return batch_size * tiles_of_sequence(p, tile);
 }
 int64_t num_positions(const Problem& p, const Tile& tile) {
-  return num_tiles(p, tile) * max(1, ceil_div(p.seqlen_k, tile.n));
+  return num_tiles(p, tile) * max(1, ceil_div(p.seqlen_k, tile.n(p)));
 }
 
 int smem_bytes_of(const Problem& p, const Tile& tile) {
   const int built = built_size(p);
   return tile.is_wgmma() ? sm90_fwd_smem_bytes(tile.wgmma, {built, built})
-                         : decode_smem_bytes(built, tile.m, tile.n);
+                         : decode_smem_bytes(built, tile.m, tile.ctas);
 }
 
 // CTAs that share out the keys; those that an SM cannot hold beside each other would only count the
 // lengths again.
 int64_t num_ctas_of(const Problem& p, const Tile& tile, const DeviceFacts& device) {
   const int smem_bytes = smem_bytes_of(p, tile);
-  const int per_sm = clamp(device.max_smem_bytes / smem_bytes, 1, kDecodeCtasPerSm);
+  const int most = decode_config(built_size(p), tile.ctas).ctas_per_sm;
+  const int per_sm = clamp(device.max_smem_bytes / smem_bytes, 1, most);
   const int64_t blocks = num_positions(p, tile);
   if (p.num_splits == 1) return min(num_tiles(p, tile), int64_t{per_sm} * device.num_sms);
   if (tile.is_wgmma()) return min<int64_t>(blocks, device.num_sms);
   const int64_t tiles = max<int64_t>(1, p.batch_size * tiles_of_sequence(p, tile));
-  return min(blocks,
-             decode_num_ctas({tile.m, built_size(p), tiles, blocks}, device.num_sms, per_sm));
+  return min(blocks, decode_num_ctas({tile.ctas, tile.m, built_size(p), tiles, blocks},
+                                     device.num_sms, per_sm));
 }
 
 }  // namespace
@@ -140,10 +147,11 @@ Plan decode_plan(Arch arch, const Problem& p, const DeviceFacts& device) {
   const Tile tile = tile_of(arch, p, device);
   Plan plan;
   plan.tile_m = tile.m;
-  plan.tile_n = tile.n;
-  plan.num_stages = tile.is_wgmma() ? tile.wgmma.num_stages : decode_num_units(built_size(p));
+  const DecodeConfig config = decode_config(built_size(p), tile.ctas);
+  plan.tile_n = tile.n(p);
+  plan.num_stages = tile.is_wgmma() ? tile.wgmma.num_stages : config.num_units;
   plan.num_threads =
-      tile.is_wgmma() ? fwd_num_threads(Arch::kSm90, tile.wgmma) : decode_num_threads(tile.n);
+      tile.is_wgmma() ? fwd_num_threads(Arch::kSm90, tile.wgmma) : config.num_threads();
   plan.vectorized = true;
   plan.smem_bytes = smem_bytes_of(p, tile);
   plan.num_ctas = min<int64_t>(num_ctas_of(p, tile, device), kDecodeMaxCtas);

@@ -413,7 +413,8 @@ void test_decode_num_ctas() {
             for (int tiles = 1; tiles < 1200; tiles += tiles < 300 ? 1 : 37) {
               const int most = per_sm * num_sms;
               const int64_t ctas = decode_num_ctas(
-                  {tile_m, head_dim, tiles, int64_t{tiles} * blocks}, num_sms, per_sm);
+                  {DecodeCtas::kDeep, tile_m, head_dim, tiles, int64_t{tiles} * blocks}, num_sms,
+                  per_sm);
               CHECK(1 <= ctas && ctas <= most, "tiles=%d sms=%d", tiles, num_sms);
               const bool whole =
                   tiles >= ctas && ceil_div(tiles, ceil_div<int>(tiles, ctas)) == ctas;
@@ -502,21 +503,33 @@ void test_packed_m_blocks() {
       }
 }
 
-// Two CTAs on an SM of 228 KB and one on one of 100 KB, 1 KB of each taken by the system, and
-// room for what a CTA has beside.
+// As many CTAs as the plan counts on fit an SM of 228 KB, 1 KB of each taken by the system and room
+// for what a CTA has beside. Deep ones fit a GPU of 100 KB, and so do small ones, which stand in
+// for wide ones there. SM90 tells them apart by their threads.
 void test_decode_smem() {
-  constexpr int kStatic = 1024, kSystem = 1024;
-  for (int head_dim : {64, 96, 128, 192, 256})
-    for (int tile_m : {kDecodeFewRows, kDecodeManyRows}) {
-      const int bytes = decode_smem_bytes(head_dim, tile_m, kDecodeTileN);
-      CHECK(bytes + kStatic <= kSmemBytes99, "head_dim=%d tile_m=%d", head_dim, tile_m);
-      CHECK(kDecodeCtasPerSm * (bytes + kStatic + kSystem) <= 228 * 1024, "head_dim=%d", head_dim);
-      CHECK(decode_num_units(head_dim) >= 2 && decode_result_words(head_dim) % 4 == 0,
-            "head_dim=%d", head_dim);
-      if (tile_m == kDecodeFewRows && sm90_has_wide_decode(head_dim))
-        CHECK(decode_smem_bytes(head_dim, tile_m, kDecodeWideTileN) + kStatic <= kSmemBytes227,
-              "head_dim=%d", head_dim);
+  constexpr int kStatic = 512, kSystem = 1024;
+  for (int head_dim : {64, 96, 128, 192, 256}) {
+    for (DecodeCtas ctas : {DecodeCtas::kDeep, DecodeCtas::kSmall, DecodeCtas::kWide}) {
+      const DecodeConfig config = decode_config(head_dim, ctas);
+      CHECK(config.num_units >= 2, "head_dim=%d", head_dim);
+      CHECK(config.tile_n % (16 * config.num_warps) == 0 && config.tile_n <= 32 * config.num_warps,
+            "keys of a warp: head_dim=%d", head_dim);
+      for (int tile_m : {kDecodeFewRows, kDecodeManyRows}) {
+        const int bytes = decode_smem_bytes(head_dim, tile_m, ctas);
+        CHECK(config.ctas_per_sm * (bytes + kStatic + kSystem) <= 228 * 1024,
+              "head_dim=%d tile_m=%d ctas=%d", head_dim, tile_m, static_cast<int>(ctas));
+        CHECK(ctas == DecodeCtas::kWide || bytes + kStatic <= kSmemBytes99, "head_dim=%d",
+              head_dim);
+        if (ctas != DecodeCtas::kDeep) break;  // few rows only
+      }
     }
+    CHECK(decode_result_words(head_dim) % 4 == 0, "head_dim=%d", head_dim);
+    const DecodeCtas few = sm90_decode_ctas(head_dim, DecodeTiles::kFew);
+    const DecodeCtas many = sm90_decode_ctas(head_dim, DecodeTiles::kMany);
+    CHECK(few == many || decode_config(head_dim, few).num_threads() !=
+                             decode_config(head_dim, many).num_threads(),
+          "head_dim=%d", head_dim);
+  }
 }
 
 }  // namespace

@@ -1,3 +1,4 @@
 // SM80: choice among the instances of decode.
 #include "kernels/instantiate.h"
-FA_INSTANTIATE_BY_HEAD_DIM(decode, DecodeParams)
+#include "kernels/sm80/decode_choice.h"
+FA_INSTANTIATE_LAUNCHER(decode, DecodeParams, launch_sm80_decode)

@@ -4,16 +4,15 @@
 // A CTA takes an equal share of all key blocks (core/decode_schedule.h) and walks the tiles in it:
 //   for n_block of the share:  S = Q K^T;  mask(S);  P = softmax weights of S;  O += P V
 // A tile is kTileM rows: the query heads of one KV head and their queries, so keys are read once.
-// 16 rows: every warp computes all of them with its own 16 keys of each block, the results of all
-// warps are merged at the end, and no warp waits for another in the loop. Four warps, or eight in a
-// wide CTA. 64 rows: 16 to each of four warps, keys shared.
-// Memory: a ring of units [kTileN, head_dim], keys and values of a block by turns, swizzled; each
-// warp copies 16 keys of every unit. Behind it the results, one row of fp32 for each row of each
-// warp; while they are merged and stored, the ring fills with the blocks of the next tile.
-// A tile that is cut leaves partial results in global memory; the last CTA of a tile to arrive
-// merges them, so one launch does everything. Lengths, pages and the split are read and computed on
-// the device. A short call is bound by latency, instructions fetched for the first time included,
-// so what runs once is kept short. Numbers: docs/performance/decode.md.
+// 16 rows: every warp computes all of them with its own keys of each block, 16 or 32, the results
+// of all warps are merged at the end, and no warp waits for another in the loop. 64 rows: 16 to
+// each of four warps, keys shared. Memory: a ring of units [kTileN, head_dim], keys and values of a
+// block by turns, swizzled; each warp copies its part of every unit. Behind it the results, one row
+// of fp32 for each row of each warp; while they are merged and stored, the ring fills with the
+// blocks of the next tile. A tile that is cut leaves partial results in global memory; the last CTA
+// of a tile to arrive merges them, so one launch does everything. Lengths, pages and the split are
+// read and computed on the device. A short call is bound by latency, instructions fetched for the
+// first time included, so what runs once is kept short. Numbers: docs/performance/decode.md.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -44,19 +43,21 @@ namespace fa {
 
 // Counts the finished parts of a tile, for the CTA that has its first: zero before and after every
 // launch. A row for each launch that may run at the same time.
-constexpr int kNumDecodeCounters = 1 << 13;
+constexpr int kNumDecodeCounters = 1 << 12;
 static __device__ int decode_counters[kNumDecodeCounters][kDecodeMaxCtas];
 
-template <class T, int kHeadDim, int kTileM, int kTileN, bool kMayAppend>
+template <class T, int kHeadDim, int kTileM, DecodeCtas kCtas, bool kMayAppend>
 struct DecodeCta {
-  static constexpr int kThreads = decode_num_threads(kTileN), kWarps = kThreads / kWarpSize;
+  static constexpr DecodeConfig kConfig = decode_config(kHeadDim, kCtas);
+  static constexpr int kTileN = kConfig.tile_n, kWarps = kConfig.num_warps;
+  static constexpr int kThreads = kConfig.num_threads();
   static constexpr int kKeyParts = kTileM == kDecodeFewRows ? kWarps : 1;
   static constexpr int kWarpKeys = kTileN / kKeyParts;
   static constexpr int kN = kWarpKeys / 8, kD = kHeadDim / 8, kSteps = kHeadDim / 16;
-  static constexpr int kUnits = decode_num_units(kHeadDim);
+  static constexpr int kUnits = kConfig.num_units;
   static constexpr bool kRunsAhead = decode_runs_ahead(kHeadDim);
-  static constexpr int kRingBytes = decode_ring_bytes(kHeadDim, kTileN);
-  static constexpr int kSmemBytes = decode_smem_bytes(kHeadDim, kTileM, kTileN);
+  static constexpr int kRingBytes = decode_ring_bytes(kHeadDim, kCtas);
+  static constexpr int kSmemBytes = decode_smem_bytes(kHeadDim, kTileM, kCtas);
   static constexpr int kResultsBegin = kRunsAhead ? kRingBytes : 0;  // bytes
   static constexpr int kResultWords = decode_result_words(kHeadDim);
   static constexpr int kColumnGroups = kHeadDim / 4;  // of 4 columns, in a row of results
@@ -65,8 +66,9 @@ struct DecodeCta {
   using Output = DecodeOutput<T, kHeadDim, kTileM, kWarps>;
   using Unit = SmemTile<kTileN, kHeadDim>;
   using TileQ = SmemTile<kTileM, kHeadDim>;
-  // A lane copies kChunks chunks of kRows keys of its warp's 16.
+  // A lane copies kChunks chunks of kRows keys of its warp's kCopyKeys.
   static constexpr int kCopyKeys = kTileN / kWarps;
+  static_assert(kCopyKeys <= kWarpSize, "a lane finds one key");
   static constexpr int kLanes = Unit::kRowBytes % 128 == 0 ? 8 : 4;
   static constexpr int kRowsPerPass = kWarpSize / kLanes;
   static constexpr int kRows = kCopyKeys / kRowsPerPass;
@@ -92,8 +94,8 @@ struct DecodeCta {
   const T *load_k, *load_v;          // token 0 of load_index's KV head
   const T *load_new_k, *load_new_v;  // the same among the new tokens
   int load_seqlen;
-  int page = 0, page_row;  // lanes below 16: where key `lane` of this warp's 16 is; page < 0: it is
-                           // new token page_row
+  int page = 0, page_row;  // where key lane % kCopyKeys of this warp's is; page < 0: it is new
+                           // token page_row
 
   FA_DEVICE bool appends() const { return kMayAppend && p.append.k != nullptr; }
   FA_DEVICE bool rotates() const { return kMayAppend && p.append.table.rotary_dim > 0; }
@@ -162,7 +164,7 @@ struct DecodeCta {
     ptx::cp_async_commit_group();
   }
 
-  // Where key `lane` of this warp's 16 is, or its value; lanes below 16.
+  // Where key lane % kCopyKeys of this warp's is, or its value.
   FA_DEVICE const T* key_of_lane() const {
     const Strides& strides = load_values ? p.v_strides : p.k_strides;
     const T* key =
@@ -491,9 +493,9 @@ FA_DEVICE uint32_t read_parameters(const Params& params) {
   return all;
 }
 
-template <class T, int kHeadDim, int kTileM, int kTileN, bool kMayAppend>
+template <class T, int kHeadDim, int kTileM, DecodeCtas kCtas, bool kMayAppend>
 FA_DEVICE void decode_tiles(const DecodeParams& p, const DecodeLaunch& launch) {
-  using Cta = DecodeCta<T, kHeadDim, kTileM, kTileN, kMayAppend>;
+  using Cta = DecodeCta<T, kHeadDim, kTileM, kCtas, kMayAppend>;
   extern __shared__ __align__(128) char smem[];
   __shared__ DecodeShared<Cta::kThreads> shared;
   // By a warp that seldom has a sequence to count; stored, where keys come later, so that it is
@@ -523,31 +525,20 @@ FA_DEVICE void decode_tiles(const DecodeParams& p, const DecodeLaunch& launch) {
   }
 }
 
-// A wide CTA has no room for another on its SM.
-template <class T, int kHeadDim, int kTileM, int kTileN, bool kMayAppend>
-__global__ void __launch_bounds__(decode_num_threads(kTileN), kTileN == kDecodeTileN ? 2 : 1)
+template <class T, int kHeadDim, int kTileM, DecodeCtas kCtas, bool kMayAppend>
+__global__ void __launch_bounds__(decode_config(kHeadDim, kCtas).num_threads(),
+                                  decode_config(kHeadDim, kCtas).ctas_per_sm)
     decode_kernel(const __grid_constant__ DecodeLaunch launch,
                   const __grid_constant__ DecodeParams p) {
   if (!kMayAppend || static_cast<int>(blockIdx.x) < p.num_ctas)
-    decode_tiles<T, kHeadDim, kTileM, kTileN, kMayAppend>(p, launch);
+    decode_tiles<T, kHeadDim, kTileM, kCtas, kMayAppend>(p, launch);
   if constexpr (kMayAppend) {
     // Nobody reads what is written here, so it needs no order. CTAs behind num_ctas begin with it.
     for (int tile = gridDim.x - 1 - blockIdx.x; tile < launch.append_tiles.num_tiles;
          tile += gridDim.x)
-      append_kv_tile<T, kVecSize<T>, kHeadsPerThread, decode_num_threads(kTileN)>(
+      append_kv_tile<T, kVecSize<T>, kHeadsPerThread, decode_config(kHeadDim, kCtas).num_threads()>(
           p.append, launch.append_tiles, tile);
   }
-}
-
-template <class T, int kHeadDim, int kTileM, int kTileN, bool kMayAppend>
-int launch_decode_kernel(const DecodeParams& p, const DecodeLaunch& launch, cudaStream_t stream) {
-  constexpr int kSmemBytes = decode_smem_bytes(kHeadDim, kTileM, kTileN);
-  constexpr auto kKernel = decode_kernel<T, kHeadDim, kTileM, kTileN, kMayAppend>;
-  const cudaError_t error = allow_dynamic_smem<kKernel>(kSmemBytes);
-  if (error != cudaSuccess || p.num_ctas == 0) return error;
-  const int appending = min(launch.append_tiles.num_tiles, p.num_ctas);
-  kKernel<<<p.num_ctas + appending, decode_num_threads(kTileN), kSmemBytes, stream>>>(launch, p);
-  return cudaGetLastError();
 }
 
 // Also sees to the counters of the parts of tiles.
@@ -555,7 +546,7 @@ template <class T, int kHeadDim>
 cudaError_t prepare_launch(const DecodeParams& p, cudaStream_t stream, DecodeLaunch& launch) {
   launch = decode_launch(p);
   if (p.append.k != nullptr)
-    launch.append_tiles = append_kv_tiles<kVecSize<T>>(p.append, decode_num_threads(p.tile_n));
+    launch.append_tiles = append_kv_tiles<kVecSize<T>>(p.append, p.num_threads);
   if (p.num_splits == 1) return cudaSuccess;
   const cudaError_t error = tile_counter(stream, launch.counter_row);
   if (launch.counter_row >= kNumDecodeCounters) launch.counter_row = kNoTileCounter;
@@ -564,31 +555,32 @@ cudaError_t prepare_launch(const DecodeParams& p, cudaStream_t stream, DecodeLau
                          p.num_ctas * sizeof(int), stream);
 }
 
-// Few rows are short calls, where every instruction counts: a kernel of their own without append.
-template <class T, int kHeadDim, int kTileN>
-int launch_few_rows(const DecodeParams& p, const DecodeLaunch& launch, cudaStream_t stream) {
+template <class T, int kHeadDim, int kTileM, DecodeCtas kCtas, bool kMayAppend>
+int launch_decode_kernel(const DecodeParams& p, cudaStream_t stream) {
+  constexpr int kSmemBytes = decode_smem_bytes(kHeadDim, kTileM, kCtas);
+  constexpr auto kKernel = decode_kernel<T, kHeadDim, kTileM, kCtas, kMayAppend>;
+  DecodeLaunch launch;
+  cudaError_t error = prepare_launch<T, kHeadDim>(p, stream, launch);
+  if (error == cudaSuccess) error = allow_dynamic_smem<kKernel>(kSmemBytes);
+  if (error != cudaSuccess || p.num_ctas == 0) return error;
+  const int appending = min(launch.append_tiles.num_tiles, p.num_ctas);
+  kKernel<<<p.num_ctas + appending, p.num_threads, kSmemBytes, stream>>>(launch, p);
+  return cudaGetLastError();
+}
+
+// p.tile_m is kDecodeFewRows. Those are short calls, where every instruction counts: a kernel of
+// their own without append.
+template <class T, int kHeadDim, DecodeCtas kCtas>
+int launch_decode_few_rows(const DecodeParams& p, cudaStream_t stream) {
   return p.append.k != nullptr
-             ? launch_decode_kernel<T, kHeadDim, kDecodeFewRows, kTileN, true>(p, launch, stream)
-             : launch_decode_kernel<T, kHeadDim, kDecodeFewRows, kTileN, false>(p, launch, stream);
+             ? launch_decode_kernel<T, kHeadDim, kDecodeFewRows, kCtas, true>(p, stream)
+             : launch_decode_kernel<T, kHeadDim, kDecodeFewRows, kCtas, false>(p, stream);
 }
 
+// p.tile_m is kDecodeManyRows.
 template <class T, int kHeadDim>
-int launch_decode(const DecodeParams& p, cudaStream_t stream) {
-  DecodeLaunch launch;
-  const cudaError_t error = prepare_launch<T, kHeadDim>(p, stream, launch);
-  if (error != cudaSuccess) return error;
-  if (p.tile_m == kDecodeFewRows)
-    return launch_few_rows<T, kHeadDim, kDecodeTileN>(p, launch, stream);
-  return launch_decode_kernel<T, kHeadDim, kDecodeManyRows, kDecodeTileN, true>(p, launch, stream);
-}
-
-// p.tile_n is kDecodeWideTileN, and p.tile_m kDecodeFewRows.
-template <class T, int kHeadDim>
-int launch_decode_wide(const DecodeParams& p, cudaStream_t stream) {
-  DecodeLaunch launch;
-  const cudaError_t error = prepare_launch<T, kHeadDim>(p, stream, launch);
-  if (error != cudaSuccess) return error;
-  return launch_few_rows<T, kHeadDim, kDecodeWideTileN>(p, launch, stream);
+int launch_decode_many_rows(const DecodeParams& p, cudaStream_t stream) {
+  return launch_decode_kernel<T, kHeadDim, kDecodeManyRows, DecodeCtas::kDeep, true>(p, stream);
 }
 
 }  // namespace fa

@@ -40,7 +40,7 @@ namespace fa {
 
 // Of CTA i, at 2 i + warpgroup: whether one of the two parts of a tile that meet there has come.
 // Zero before and after every launch. A row for each launch that may run at the same time.
-constexpr int kNumDecodeMeetings = 1 << 11;
+constexpr int kNumDecodeMeetings = 1 << 10;
 static __device__ int decode_meetings[kNumDecodeMeetings][kDecodeMaxCtas];
 
 // Tiles of the longest kind of sequences, as far as the host knows.
