@@ -405,7 +405,7 @@ constexpr int kDecodeMaxCtas = 768;  // of one launch
 // Numbers: docs/performance/decode.md, "Wide and small CTAs".
 enum class DecodeCtas {
   kDeep,   // two CTAs, or one on a GPU of 100 KB, with 98 KB each
-  kSmall,  // four or five, each with a ring of two units; SM90, few rows, many tiles
+  kSmall,  // four, each with a ring of two units; SM90, few rows, many tiles
   kWide,   // one of eight warps; SM90, few rows, few tiles
 };
 struct DecodeConfig {
@@ -423,7 +423,7 @@ FA_HD constexpr DecodeConfig decode_config(int head_dim, DecodeCtas ctas) {
       if (ctas == DecodeCtas::kWide) return {256, 8, 5, 1};
       return {64, 4, 10, 2};
     case 96:
-      if (ctas == DecodeCtas::kSmall) return {64, 2, 2, 5};
+      if (ctas == DecodeCtas::kSmall) return {64, 2, 2, 4};
       if (ctas == DecodeCtas::kWide) return {256, 8, 3, 1};
       return {64, 4, 6, 2};
     case 128:

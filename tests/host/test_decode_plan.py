@@ -155,7 +155,7 @@ D96 = {"head_dim": 96, "head_dim_v": 96}
         ("h200", {"batch_size": 12, "seqlen_k": 1024}, 96),
         ("h200", {"batch_size": 6, "seqlen_k": 1024}, 2 * 48),
         ("h200", {"batch_size": 16}, 4 * 128),  # small ones
-        ("h200", {"batch_size": 16, **D96}, 5 * 128),
+        ("h200", {"batch_size": 16, **D96}, 4 * 128),
         ("h200", {"batch_size": 24, "seqlen_k": 1024}, 2 * 192),
         ("h200", {"batch_size": 128, "seqlen_k": 4096}, 512),  # two tiles for each
         ("h200", {"batch_size": 83, "seqlen_k": 4096}, 528),  # cut: two for each were 332 CTAs
