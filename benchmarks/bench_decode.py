@@ -5,6 +5,8 @@
 Sections, each with a result file benchmarks/results/<device>/decode_<section>.json:
 
     decode   one query, contiguous caches and pages of 64 and 256, batch 1 to 128
+    dims     the same of other head_dims than 128
+    lengths  one query, caches of 1 to n keys; PyTorch's calls read all n of each
     pages    pages of 1, 16, 64 and 256, shuffled, beside one piece
     append   a decoding step: append and rotary in the call, beside calls of their own
     few      2 to 16 queries (speculative decoding), causal
@@ -15,8 +17,8 @@ Sections, each with a result file benchmarks/results/<device>/decode_<section>.j
 
 Speed is the bytes of K and V over the time; of prefill, the multiplications. The L2 cache is
 flushed before each call by reading 256 MB. What is compared runs alternately; times are medians.
-cuDNN has one piece and no mask, whatever ours has; so has PyTorch's FlashAttention-2, which is
-beside one query only. With FLASH_ATTN_EXT_ARCH in the environment the files get its value as a
+cuDNN has one piece, full, and no mask, whatever ours has; so has PyTorch's FlashAttention-2, which
+is beside one query only. With FLASH_ATTN_EXT_ARCH in the environment the files get its value as a
 suffix.
 """
 
@@ -53,7 +55,7 @@ HEAD_DIM = 128
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Queries at the end of caches that are full."""
+    """Queries at the end of caches that are full, or of lengths drawn from 1 to seqlen_k."""
 
     batch_size: int
     num_heads: int
@@ -61,21 +63,34 @@ class Problem:
     seqlen_k: int
     seqlen_q: int = 1
     page_size: int | None = None
+    head_dim: int = HEAD_DIM
+    drawn_lengths: bool = False
+
+    def lengths(self) -> list[int]:
+        if not self.drawn_lengths:
+            return [self.seqlen_k] * self.batch_size
+        generator = torch.Generator().manual_seed(self.batch_size)
+        drawn: list[int] = torch.randint(
+            1, self.seqlen_k + 1, (self.batch_size,), generator=generator
+        ).tolist()
+        return drawn
 
     def kv_bytes(self) -> int:
-        return 2 * self.batch_size * self.seqlen_k * self.num_heads_kv * HEAD_DIM * 2
+        return 2 * sum(self.lengths()) * self.num_heads_kv * self.head_dim * 2
 
     def flops(self) -> float:
         """Half of the keys that only some of the queries see."""
         pairs = self.seqlen_q * (self.seqlen_k - self.seqlen_q / 2)
-        return 4 * self.batch_size * self.num_heads * HEAD_DIM * pairs
+        return 4 * self.batch_size * self.num_heads * self.head_dim * pairs
 
     def __str__(self) -> str:
         queries = f", {self.seqlen_q} queries" if self.seqlen_q > 1 else ""
         pages = f", pages of {self.page_size}" if self.page_size else ""
+        size = f", head_dim {self.head_dim}" if self.head_dim != HEAD_DIM else ""
+        keys = f"1 to {self.seqlen_k}" if self.drawn_lengths else self.seqlen_k
         return (
-            f"{self.seqlen_k} x {self.batch_size}, {self.num_heads}/{self.num_heads_kv} heads"
-            f"{queries}{pages}"
+            f"{keys} x {self.batch_size}, {self.num_heads}/{self.num_heads_kv} heads"
+            f"{size}{queries}{pages}"
         )
 
 
@@ -94,7 +109,7 @@ class Tensors:
     @staticmethod
     def of(problem: Problem, dtype: torch.dtype) -> Tensors:
         def random(seqlen: int, heads: int) -> Tensor:
-            shape = (problem.batch_size, seqlen, heads, HEAD_DIM)
+            shape = (problem.batch_size, seqlen, heads, problem.head_dim)
             return torch.empty(shape, device="cuda", dtype=dtype).normal_()
 
         q = random(problem.seqlen_q, problem.num_heads)
@@ -102,13 +117,12 @@ class Tensors:
         k_pages, v_pages, table = k, v, None
         if problem.page_size is not None:
             k_pages, v_pages = (
-                x.view(-1, problem.page_size, problem.num_heads_kv, HEAD_DIM) for x in (k, v)
+                x.view(-1, problem.page_size, problem.num_heads_kv, problem.head_dim)
+                for x in (k, v)
             )
             pages = torch.randperm(k_pages.shape[0], device="cuda", dtype=torch.int32)
             table = pages.view(problem.batch_size, -1)
-        lengths = torch.full(
-            (problem.batch_size,), problem.seqlen_k, device="cuda", dtype=torch.int32
-        )
+        lengths = torch.tensor(problem.lengths(), device="cuda", dtype=torch.int32)
         return Tensors(q, k, v, k_pages, v_pages, table, lengths)
 
 
@@ -196,9 +210,12 @@ def compared(problem: Problem, timer: Timer, calls: dict[str, Call], by_flops: b
 
 
 def beside_cudnn(problems: Iterator[Problem], timer: Timer, dtype: torch.dtype) -> Iterator[Json]:
+    """cuDNN, and for one query FlashAttention-2, always over all of the caches."""
     for problem in problems:
         tensors = Tensors.of(problem, dtype)
-        calls = {"ours": ours(tensors), "sdpa_cudnn": sdpa(tensors, SDPBackend.CUDNN_ATTENTION)}
+        calls = {"ours": ours(tensors)}
+        if problem.head_dim <= 128:
+            calls["sdpa_cudnn"] = sdpa(tensors, SDPBackend.CUDNN_ATTENTION)
         if problem.seqlen_q == 1:  # more would need a mask, which its causal one is not
             calls["sdpa_flash"] = sdpa(tensors, SDPBackend.FLASH_ATTENTION)
         yield compared(problem, timer, calls, by_flops=problem.seqlen_q > 16)
@@ -218,8 +235,37 @@ def decode(timer: Timer, dtype: torch.dtype) -> Iterator[Json]:
     )
 
 
+SHAPES = ((1024, 1), (8192, 1), (1024, 16), (8192, 16), (1024, 128), (8192, 64))
+"""Length, batch."""
+
+
+def dims(timer: Timer, dtype: torch.dtype) -> Iterator[Json]:
+    yield from beside_cudnn(
+        (
+            Problem(batch, 64, 8, length, head_dim=head_dim)
+            for head_dim in (64, 96, 192, 256)
+            for length, batch in SHAPES
+        ),
+        timer,
+        dtype,
+    )
+
+
+def lengths(timer: Timer, dtype: torch.dtype) -> Iterator[Json]:
+    yield from beside_cudnn(
+        (
+            Problem(batch, 64, 8, length, page_size=64, head_dim=head_dim, drawn_lengths=True)
+            for head_dim in (64, 128)
+            for length, batch in SHAPES
+            if batch > 1
+        ),
+        timer,
+        dtype,
+    )
+
+
 def pages(timer: Timer, dtype: torch.dtype) -> Iterator[Json]:
-    for length, batch in ((1024, 1), (8192, 1), (1024, 16), (8192, 16), (1024, 128), (8192, 64)):
+    for length, batch in SHAPES:
         for page_size in (1, 16, 64, 256):
             problem = Problem(batch, 32, 8, length, page_size=page_size)
             paged = Tensors.of(problem, dtype)
@@ -375,6 +421,8 @@ SECTIONS: dict[str, Callable[[Timer, torch.dtype], Iterator[Json]]] = {
     section.__name__: section
     for section in (
         decode,
+        dims,
+        lengths,
         pages,
         append,
         few,

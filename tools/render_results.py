@@ -341,10 +341,12 @@ def decode_table(rows: Rows) -> str:
     """Microseconds and GB/s or TFLOP/s by provider."""
     names = list(dict.fromkeys(name for row in rows for name in row["us"]))
     unit, label = ("tflops", "TFLOP/s") if "tflops" in rows[0] else ("gbps", "GB/s")
+    sizes = len({row.get("head_dim") for row in rows}) > 1
     lines = [
         [
+            *([row["head_dim"]] if sizes else []),
             f"{row['num_heads']} / {row['num_heads_kv']}",
-            row["seqlen_k"],
+            f"1 to {row['seqlen_k']}" if row.get("drawn_lengths") else row["seqlen_k"],
             row["batch_size"],
             row["seqlen_q"],
             row["page_size"] or "-",
@@ -358,6 +360,7 @@ def decode_table(rows: Rows) -> str:
         for row in rows
     ]
     header = ["heads of q / of k", "keys", "batch", "queries", "page"]
+    header = ["head_dim", *header] if sizes else header
     return markdown([*header, *(f"{name}, {label}" for name in names)], lines, 1)
 
 
@@ -379,6 +382,11 @@ def generation_table(rows: Rows) -> str:
 
 DECODE: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "decode": ("One query", decode_table),
+    "dims": ("One query, other head_dims", decode_table),
+    "lengths": (
+        "One query, caches of different lengths; PyTorch's calls read all keys",
+        decode_table,
+    ),
     "pages": ("Sizes of pages", decode_table),
     "append": ("A decoding step: append and rotary", decode_table),
     "few": ("A few queries, causal", decode_table),

@@ -16,11 +16,19 @@ FA_DEVICE uint32_t cvta_to_shared(const void* ptr) {
 
 // cp.async.cg: through L2 only. Copies src_bytes bytes (0 or 16) and fills the other of 16 with
 // zeros. Preconditions: both addresses are multiples of 16; with src_bytes == 0, src is not read
-// but still has to be a valid address.
+// but still has to be a valid address. kWholeLines: L2 fetches the line of 128 bytes around it,
+// else what is asked for.
+template <bool kWholeLines = true>
 FA_DEVICE void cp_async_cg_16(uint32_t smem, const void* src, int src_bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem), "l"(src),
-               "r"(src_bytes)
-               : "memory");
+  if constexpr (kWholeLines) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem), "l"(src),
+                 "r"(src_bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(src),
+                 "r"(src_bytes)
+                 : "memory");
+  }
 }
 
 FA_DEVICE void cp_async_commit_group() {

@@ -250,6 +250,10 @@ def test_decode_tables(tmp_path: Path) -> None:
     rates = {"ours": 883.2, "sdpa": 692.0}
     rows = {
         "decode": [cache_row("gbps"), cache_row("gbps", num_heads=64), paged],
+        "lengths": [
+            cache_row("gbps", head_dim=64, drawn_lengths=True),
+            cache_row("gbps", head_dim=128, drawn_lengths=False),
+        ],
         "prefill": [cache_row("tflops", seqlen_q=256)],
         "generate": [
             {"batch_size": 1, "prompt": 8000, "new_tokens": 64, "cuda_graph": True}
@@ -262,6 +266,8 @@ def test_decode_tables(tmp_path: Path) -> None:
     text = render_results.decode_results(folder.parent)
     assert "| 32 / 8 | 1024 | 2 | 1 | - | 12.3 us, 900 | 20.0 us, 500 |" in text
     assert "| 32 / 8 | 1024 | 2 | 1 | 64 | 12.3 us, 900 | - |" in text
+    assert "| 64 | 32 / 8 | 1 to 1024 | 2 | 1 | - | 12.3 us, 900 | 20.0 us, 500 |" in text
+    assert "| 128 | 32 / 8 | 1024 | 2 | 1 | - | 12.3 us, 900 | 20.0 us, 500 |" in text
     assert "sdpa_cudnn, TFLOP/s |" in text.split("## Chunked prefill")[1]
     assert "| replayed | 1 | 8000 | 883 | 692 | 100% |" in text
     assert "| op kvcache_fwd | 5.2 |" in text

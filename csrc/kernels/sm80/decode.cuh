@@ -73,6 +73,9 @@ struct DecodeCta {
   static constexpr int kRowsPerPass = kWarpSize / kLanes;
   static constexpr int kRows = kCopyKeys / kRowsPerPass;
   static constexpr int kChunks = Unit::kChunksPerRow / kLanes;
+  // Rows of other than whole lines end in those of the next head: another CTA reads it, at the same
+  // time or, among small ones, much later.
+  static constexpr bool kWholeLines = kCtas != DecodeCtas::kSmall || Unit::kRowBytes % 128 == 0;
 
   const DecodeParams& p;
   const DecodeLaunch& launch;
@@ -194,8 +197,8 @@ struct DecodeCta {
       FA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
         const bool exists = i * kRowsPerPass < keys_left && c * kLanes < num_chunks;
-        ptx::cp_async_cg_16(to + c * kLanes * kSwizzleChunkBytes, key + c * kLanes * 8,
-                            exists ? 16 : 0);
+        ptx::cp_async_cg_16<kWholeLines>(to + c * kLanes * kSwizzleChunkBytes, key + c * kLanes * 8,
+                                         exists ? 16 : 0);
       }
     }
   }
