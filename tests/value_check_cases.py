@@ -89,7 +89,6 @@ def cache_call(rate: float) -> dict[str, Any]:
         call["rotary_seqlens"] = int32(broken([random.randint(0, 8) for _ in range(batch)], rate))
     shape = (num_pages, page_size) if is_paged else (batch + 2, capacity)
     sizes: dict[str, Any] = {
-        "capacity": capacity,
         "q": torch.empty((3 * batch, 2, 8) if is_packed else (batch, 3, 2, 8)),
         "max_seqlen_q": 3,
         "k_cache": torch.empty(*shape, 2, 8),

@@ -13,7 +13,7 @@ import torch
 from helpers import NEEDS_CUDA, cu_seqlens, int32, require
 
 import flash_attn_ext
-from flash_attn_ext import UnsupportedError, _checks
+from flash_attn_ext import UnsupportedError, _cache_checks, _checks
 from flash_attn_ext.bert_padding import unpad_input, unpad_input_for_concatenated_sequences
 from flash_attn_ext.layers.rotary import apply_rotary_emb
 
@@ -257,8 +257,8 @@ def test_sound_inputs_are_those_that_pass_every_check(
     tensors: list[Any] = [torch.empty(shape[-rank:], device="meta") for shape in shapes]
     tensors += [torch.empty(2, 5, 4, 8)[-1 if rank == 3 else slice(None)], torch.empty(8), "q"]
     tensors += [tensors[0].to(dtype) for dtype in (torch.int32, torch.bfloat16)]
-    flat = _checks._is_sound
-    monkeypatch.setattr(_checks, "_is_sound", lambda *arguments: False)
+    flat = _checks.is_sound
+    monkeypatch.setattr(_checks, "is_sound", lambda *arguments: False)
     num_sound = 0
     for q, k, v in itertools.product(tensors, repeat=3):
         try:
@@ -269,9 +269,42 @@ def test_sound_inputs_are_those_that_pass_every_check(
             passes = True
         except (TypeError, ValueError):
             passes = False
-        assert flat(q, k, v, rank) == passes, (q, k, v)
+        assert flat(q, k, v, rank, rank, rank == 4) == passes, (q, k, v)
         num_sound += passes
     assert num_sound > 20
+
+
+def test_sound_caches_pass_every_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for a cache and its new keys; caches of more rows or with strides are not flat."""
+    flat = _checks.is_sound
+    monkeypatch.setattr(_cache_checks, "is_sound", lambda *arguments: False)
+    shapes = [(2, n, *last) for n in (1, 5) for last in ((4, 8), (2, 8), (3, 8), (4, 257), (2, 16))]
+    tensors: list[Any] = [torch.empty(shape, device="meta") for shape in (*shapes, (3, 5, 2, 8))]
+    tensors += [torch.empty(2, 5, 4, 8), torch.empty(8), "q", None, strided(2, 5, 2, 8)]
+    tensors += [tensors[0].to(dtype) for dtype in (torch.int32, torch.bfloat16)]
+    num_sound, num_new = 0, 0
+    for q, k, v in itertools.product(tensors, repeat=3):
+        for is_paged in (False, True):
+            if flat(q, k, v, 4, 4, not is_paged) and k.is_contiguous() and v.is_contiguous():
+                table = torch.empty(q.shape[0], 3, dtype=torch.int32, device=q.device)
+                caches = (q, k, v, table if is_paged else None)
+                assert _cache_checks.cache(*caches, None, None, None) == q.shape[0]
+                num_sound += 1
+        if not flat(q, k, v, 4, 4, True):
+            continue
+        for new_k, new_v in itertools.product(tensors, repeat=2):
+            is_sound = _cache_checks._is_sound_beside(q, new_k, new_v, k, v, 2)
+            with monkeypatch.context() as patch:
+                patch.setattr(_cache_checks, "_is_sound_beside", lambda *arguments: False)
+                try:
+                    _cache_checks.new_keys(q, new_k, new_v, k, v, 0, None, 2)
+                    passes = True
+                except (TypeError, ValueError):
+                    passes = False
+            assert is_sound == passes, (q, k, v, new_k, new_v)
+            num_new += is_sound
+    assert num_sound > 20
+    assert num_new > 20
 
 
 def test_cpu_gpu_mix() -> None:

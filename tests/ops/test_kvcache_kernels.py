@@ -105,23 +105,32 @@ def test_cases(case: CacheCase, dtype: torch.dtype) -> None:
     check(case, dtype)
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "many_tiles"),
-    [(64, True), (96, False), (96, True), (128, False), (128, True), (192, True)],
-    ids=lambda value: str(value) if value > 1 else ("many_tiles" if value else "few_tiles"),
-)
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=name) for name, case in CASES.items() if case.slots < 1000],
-)
-def test_cases_by_tiles(case: CacheCase, head_dim: int, many_tiles: bool, kernels: str) -> None:
-    """SM90 has other CTAs for few rows where tiles are few beside SMs than where they are many."""
-    if kernels != "native" and head_dim != 128:
-        pytest.skip("SM80 has one kind")
+SHORT_CASES = [pytest.param(case, id=name) for name, case in CASES.items() if case.slots < 1000]
+
+
+def check_by_tiles(case: CacheCase, head_dim: int, many_tiles: bool) -> None:
     tiles = len(case.seqlens_q) * case.heads[1]
     times = 144 // tiles + 1 if many_tiles else 1
     heads = (case.heads[0] * times, case.heads[1] * times)
     check(replace(case, head_dims=(head_dim, head_dim), heads=heads), BF16)
+
+
+@pytest.mark.parametrize("many_tiles", [False, True], ids=["few_tiles", "many_tiles"])
+@pytest.mark.parametrize("case", SHORT_CASES)
+def test_cases_at_head_dim_128(case: CacheCase, many_tiles: bool) -> None:
+    check_by_tiles(case, 128, many_tiles)
+
+
+@pytest.mark.parametrize("kernels", ["native"], indirect=True)
+@pytest.mark.parametrize(
+    ("head_dim", "many_tiles"),
+    [(64, True), (96, False), (96, True), (192, True)],
+    ids=lambda value: str(value) if value > 1 else ("many_tiles" if value else "few_tiles"),
+)
+@pytest.mark.parametrize("case", SHORT_CASES)
+def test_cases_by_tiles(case: CacheCase, head_dim: int, many_tiles: bool) -> None:
+    """SM90 has other CTAs for few rows where tiles are few beside SMs than where they are many."""
+    check_by_tiles(case, head_dim, many_tiles)
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 7])
