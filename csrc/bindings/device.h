@@ -40,7 +40,7 @@ class CurrentDevice {
 };
 
 // Memory for one launch, from torch's allocator and for torch's current stream: given back with the
-// scope, for whatever is enqueued there next. As a tensor, at a third of the price.
+// scope, for whatever is enqueued there next. A tensor costs the host twice as much.
 class Scratch {
  public:
   Scratch(int64_t bytes, int device_index);

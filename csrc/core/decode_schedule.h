@@ -147,20 +147,19 @@ FA_HD constexpr int packed_m_blocks(int queries, int group_size, int tile_m) {
   return ceil_div(queries * group_size, tile_m);
 }
 
-static_assert(decode_num_ctas({DecodeCtas::kDeep, 16, 128, 8, 1 << 20}, 132, 2) ==
-              128);  // 16 to a tile, one to an SM
-static_assert(decode_num_ctas({DecodeCtas::kDeep, 16, 128, 128, 2048}, 132, 2) ==
-              128);  // one to a tile
-static_assert(decode_num_ctas({DecodeCtas::kDeep, 16, 128, 128, 1 << 20}, 132, 2) == 256);  // two
-static_assert(decode_num_ctas({DecodeCtas::kDeep, 16, 128, 100, 2048}, 132, 2) ==
-              200);  // 100 leave 32 SMs out
-static_assert(decode_num_ctas({DecodeCtas::kDeep, 16, 128, 1024, 1 << 20}, 132, 2) ==
-              256);  // four tiles to each
-static_assert(decode_num_ctas({DecodeCtas::kDeep, 16, 128, 320, 1 << 20}, 132, 2) ==
-              264);  // two to each: 160
-static_assert(decode_num_ctas({DecodeCtas::kDeep, 16, 64, 128, 2048}, 132, 2) == 256);
-static_assert(decode_num_ctas({DecodeCtas::kDeep, 64, 128, 128, 1 << 20}, 132, 2) == 256 &&
-              decode_num_ctas({DecodeCtas::kDeep, 64, 128, 8, 512}, 132, 2) == 128);
+// Of deep CTAs, two to each of 132 SMs.
+constexpr int64_t deep_ctas(int tile_m, int head_dim, int64_t tiles, int64_t blocks) {
+  return decode_num_ctas({DecodeCtas::kDeep, tile_m, head_dim, tiles, blocks}, 132, 2);
+}
+static_assert(deep_ctas(16, 128, 8, 1 << 20) == 128);     // 16 to a tile, one to an SM
+static_assert(deep_ctas(16, 128, 128, 2048) == 128);      // one to a tile
+static_assert(deep_ctas(16, 128, 128, 1 << 20) == 256);   // two
+static_assert(deep_ctas(16, 128, 100, 2048) == 200);      // 100 leave 32 SMs out
+static_assert(deep_ctas(16, 128, 1024, 1 << 20) == 256);  // four tiles to each
+static_assert(deep_ctas(16, 128, 320, 1 << 20) == 264);   // two to each: 160
+static_assert(deep_ctas(16, 64, 128, 2048) == 256);
+static_assert(deep_ctas(64, 128, 128, 1 << 20) == 256 && deep_ctas(64, 128, 8, 512) == 128);
+static_assert(decode_num_ctas({DecodeCtas::kSmall, 16, 128, 128, 2048}, 132, 4) == 512);
 static_assert(split_work(128 * 128, 256, 0, 128, true).per_part == 64);
 static_assert(split_work(8 * 64, 132, 0, 64, false).per_part == 4);  // 16 for each
 static_assert(split_work(100, 8, 2, 50, true).num_parts() == 2);     // no tile is in three parts

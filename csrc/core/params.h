@@ -16,7 +16,7 @@ namespace fa {
 
 // Raised with every change of a struct below, of core/value_checks.h or of core/backend.h: a
 // library built from other sources is refused instead of being called with the wrong layout.
-constexpr uint32_t kKernelAbiVersion = 9;
+constexpr uint32_t kKernelAbiVersion = 10;
 
 // Strides of a [batch, token, head, dim] tensor, elements. Varlen ([total, head, dim]): batch == 0.
 struct Strides {

@@ -4,15 +4,16 @@
 // A CTA takes an equal share of all key blocks (core/decode_schedule.h) and walks the tiles in it:
 //   for n_block of the share:  S = Q K^T;  mask(S);  P = softmax weights of S;  O += P V
 // A tile is kTileM rows: the query heads of one KV head and their queries, so keys are read once.
-// 16 rows: every warp computes all of them with its own keys of each block, 16 or 32, the results
+// 16 rows: every warp computes all of them with its own keys of each block, 16 or 32; the results
 // of all warps are merged at the end, and no warp waits for another in the loop. 64 rows: 16 to
-// each of four warps, keys shared. Memory: a ring of units [kTileN, head_dim], keys and values of a
-// block by turns, swizzled; each warp copies its part of every unit. Behind it the results, one row
-// of fp32 for each row of each warp; while they are merged and stored, the ring fills with the
-// blocks of the next tile. A tile that is cut leaves partial results in global memory; the last CTA
-// of a tile to arrive merges them, so one launch does everything. Lengths, pages and the split are
-// read and computed on the device. A short call is bound by latency, instructions fetched for the
-// first time included, so what runs once is kept short. Numbers: docs/performance/decode.md.
+// each of four warps, keys shared.
+// Memory: a ring of units [kTileN, head_dim], keys and values of a block by turns, swizzled; each
+// warp copies its part of every unit. Behind it the results, one row of fp32 for each row of each
+// warp; while they are merged and stored, the ring fills with the blocks of the next tile.
+// A tile that is cut leaves partial results in global memory; the last CTA of a tile to arrive
+// merges them, so one launch does everything. Lengths, pages and the split are read and computed on
+// the device. A short call is bound by latency, instructions fetched for the first time included,
+// so what runs once is kept short. Numbers: docs/performance/decode.md.
 #pragma once
 #include <cuda_runtime.h>
 
