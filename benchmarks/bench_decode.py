@@ -210,12 +210,14 @@ def compared(problem: Problem, timer: Timer, calls: dict[str, Call], by_flops: b
 
 
 def beside_cudnn(problems: Iterator[Problem], timer: Timer, dtype: torch.dtype) -> Iterator[Json]:
-    """cuDNN, and for one query FlashAttention-2, always over all of the caches."""
+    """cuDNN, if it takes the call, and for one query FlashAttention-2, over all of the caches."""
     for problem in problems:
         tensors = Tensors.of(problem, dtype)
-        calls = {"ours": ours(tensors)}
-        if problem.head_dim <= 128:
-            calls["sdpa_cudnn"] = sdpa(tensors, SDPBackend.CUDNN_ATTENTION)
+        calls = {"ours": ours(tensors), "sdpa_cudnn": sdpa(tensors, SDPBackend.CUDNN_ATTENTION)}
+        try:
+            calls["sdpa_cudnn"]()
+        except RuntimeError:  # torch says so of head_dims that its cuDNN does not have
+            del calls["sdpa_cudnn"]
         if problem.seqlen_q == 1:  # more would need a mask, which its causal one is not
             calls["sdpa_flash"] = sdpa(tensors, SDPBackend.FLASH_ATTENTION)
         yield compared(problem, timer, calls, by_flops=problem.seqlen_q > 16)

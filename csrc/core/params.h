@@ -290,11 +290,11 @@ struct DecodeParams {
   int num_caches;            // size of the caches' first dimension: caches, or pages when paged
   int page_size;             // tokens of a page; 0: not paged
   int page_table_rows;
-  int tile_m;  // kDecodeFewRows, kDecodeManyRows, or SM90's kDecodeWgmmaRows
-  int tile_n;  // keys of a block
-  int num_threads;
-  int num_ctas;    // that share out the keys, for which `partial` has room
-  int num_splits;  // 0: keys are shared out evenly; 1: no tile is split; n: into n parts at most
+  int tile_m;       // kDecodeFewRows, kDecodeManyRows, or SM90's kDecodeWgmmaRows
+  int tile_n;       // keys of a block
+  int num_threads;  // of a CTA: which of SM90's CTAs for few rows
+  int num_ctas;     // that share out the keys, for which `partial` has room
+  int num_splits;   // 0: keys are shared out evenly; 1: no tile is split; n: into n parts at most
   DType dtype;
   bool overlaps;  // kDecodeWgmmaRows: begins while the launch before it ends, which writes new keys
                   // or q and neither lengths nor tables, and waits for it

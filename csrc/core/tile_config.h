@@ -399,14 +399,14 @@ static_assert(bwd_registers_fit(sm90_bwd_registers(96)) &&
 // of a block. Rows are query heads of one KV head and their queries.
 constexpr int kDecodeFewRows = 16;   // every warp has all rows and its own keys of a block
 constexpr int kDecodeManyRows = 64;  // each of four warps has 16 rows and all keys
-constexpr int kDecodeMaxCtas = 768;  // of one launch
+constexpr int kDecodeMaxCtas = 768;  // of one launch: four on each of 192 SMs
 
 // What an SM holds of mma.sync's kernels at a time. Few and many tiles: beside the number of SMs.
 // Numbers: docs/performance/decode.md, "Wide and small CTAs".
 enum class DecodeCtas {
   kDeep,   // two CTAs, or one on a GPU of 100 KB, with 98 KB each
-  kSmall,  // four, each with a ring of two units; SM90, few rows, many tiles
-  kWide,   // one of eight warps; SM90, few rows, few tiles
+  kSmall,  // four, each with a ring of two units, 37 to 54 KB; SM90, few rows, many tiles
+  kWide,   // one of eight warps, with 196 KB; SM90, few rows, few tiles
 };
 struct DecodeConfig {
   int tile_n;  // keys of a block

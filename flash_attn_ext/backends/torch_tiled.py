@@ -361,17 +361,31 @@ def _cache_forward(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    side_k: CacheSide,
+    seqlens: Tensor | None,
+    places: tuple[Tensor | None, Tensor | None, Tensor | None],
     cu_seqlens_q: Tensor | None,
     max_seqlen_q: int,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Attention against what `side_k` finds in the caches; returns out, lse."""
+    """Attention against caches of these lengths; returns out, lse.
+
+    places is cache_batch_idx, cache_leftpad, page_table.
+    """
     side_q: FixedSide | PackedSide = FixedSide(q.shape[1])
+    batch_size = q.shape[0]
     if cu_seqlens_q is not None:
         side_q = PackedSide.of(cu_seqlens_q, None, max_seqlen_q)
+        batch_size = cu_seqlens_q.shape[0] - 1
+    cache_batch_idx, cache_leftpad, page_table = places
+    side_k = cache_side(
+        k_cache,
+        seqlens,
+        batch_size,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        page_table=page_table,
+    )
     out = _new_out(q, v_cache)
-    batch_size = side_k.seqlens.shape[0]
     parts = problems(q, k_cache.shape[2], batch_size, (side_q, side_k), options)
     return out, _forward(parts, q, k_cache, v_cache, out, q.new_empty([0]))
 
@@ -399,16 +413,9 @@ def kvcache_fwd(
     options = _options(
         q, softmax_scale, window_left, window_right, softcap, alibi_slopes, None, 0.0
     )
-    batch_size = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    side_k = cache_side(
-        k_cache,
-        cache_seqlens,
-        batch_size,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        page_table=page_table,
-    )
-    return _cache_forward(q, k_cache, v_cache, side_k, cu_seqlens_q, max_seqlen_q, options)
+    places = (cache_batch_idx, cache_leftpad, page_table)
+    caches = (k_cache, v_cache, cache_seqlens, places)
+    return _cache_forward(q, *caches, cu_seqlens_q, max_seqlen_q, options)
 
 
 def kvcache_append_fwd(
@@ -453,18 +460,11 @@ def kvcache_append_fwd(
         positions = _kvcache.rotary_positions(q, base, cu_seqlens_q, same_position)
         q = _kvcache.rotate(q, rotary_cos, rotary_sin, positions, rotary_interleaved, False)
     new = k.shape[1] if cu_seqlens_k_new is None else cu_seqlens_k_new[1:] - cu_seqlens_k_new[:-1]
-    side_k = cache_side(
-        k_cache,
-        cache_seqlens + new,
-        cache_seqlens.shape[0],
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        page_table=page_table,
-    )
+    caches = (k_cache, v_cache, cache_seqlens + new, (cache_batch_idx, cache_leftpad, page_table))
     options = _options(
         q, softmax_scale, window_left, window_right, softcap, alibi_slopes, None, 0.0
     )
-    return _cache_forward(q, k_cache, v_cache, side_k, cu_seqlens_q, max_seqlen_q, options)
+    return _cache_forward(q, *caches, cu_seqlens_q, max_seqlen_q, options)
 
 
 def _append_kv(

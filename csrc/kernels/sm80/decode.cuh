@@ -546,11 +546,10 @@ __global__ void __launch_bounds__(decode_config(kHeadDim, kCtas).num_threads(),
 }
 
 // Also sees to the counters of the parts of tiles.
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, int kThreads>
 cudaError_t prepare_launch(const DecodeParams& p, cudaStream_t stream, DecodeLaunch& launch) {
   launch = decode_launch(p);
-  if (p.append.k != nullptr)
-    launch.append_tiles = append_kv_tiles<kVecSize<T>>(p.append, p.num_threads);
+  if (p.append.k != nullptr) launch.append_tiles = append_kv_tiles<kVecSize<T>>(p.append, kThreads);
   if (p.num_splits == 1) return cudaSuccess;
   const cudaError_t error = tile_counter(stream, launch.counter_row);
   if (launch.counter_row >= kNumDecodeCounters) launch.counter_row = kNoTileCounter;
@@ -561,14 +560,15 @@ cudaError_t prepare_launch(const DecodeParams& p, cudaStream_t stream, DecodeLau
 
 template <class T, int kHeadDim, int kTileM, DecodeCtas kCtas, bool kMayAppend>
 int launch_decode_kernel(const DecodeParams& p, cudaStream_t stream) {
+  constexpr int kThreads = decode_config(kHeadDim, kCtas).num_threads();
   constexpr int kSmemBytes = decode_smem_bytes(kHeadDim, kTileM, kCtas);
   constexpr auto kKernel = decode_kernel<T, kHeadDim, kTileM, kCtas, kMayAppend>;
   DecodeLaunch launch;
-  cudaError_t error = prepare_launch<T, kHeadDim>(p, stream, launch);
+  cudaError_t error = prepare_launch<T, kHeadDim, kThreads>(p, stream, launch);
   if (error == cudaSuccess) error = allow_dynamic_smem<kKernel>(kSmemBytes);
   if (error != cudaSuccess || p.num_ctas == 0) return error;
   const int appending = min(launch.append_tiles.num_tiles, p.num_ctas);
-  kKernel<<<p.num_ctas + appending, p.num_threads, kSmemBytes, stream>>>(launch, p);
+  kKernel<<<p.num_ctas + appending, kThreads, kSmemBytes, stream>>>(launch, p);
   return cudaGetLastError();
 }
 
